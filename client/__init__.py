@@ -1,0 +1,1 @@
+"""The Python client: the gRPC stubs wrapped for people."""

@@ -1,0 +1,1 @@
+"""Ids, errors, messages, hashes, configuration: what every part speaks. No torch, no Redis."""

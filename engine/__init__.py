@@ -1,0 +1,1 @@
+"""One model on one rank: weights, blocks, prefix cache, batch, forward, sampling."""

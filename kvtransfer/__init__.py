@@ -1,0 +1,1 @@
+"""Arena registration, leases, ledger, fence, transports."""

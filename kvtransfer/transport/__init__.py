@@ -1,0 +1,1 @@
+"""Real NIXL and an in-process transport behind one interface."""

@@ -1,0 +1,1 @@
+"""All that Baton keeps in Redis."""

@@ -1,0 +1,1 @@
+"""Models that ship with Baton, and the maker of small random ones."""

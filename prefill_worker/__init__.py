@@ -1,0 +1,1 @@
+"""The prefill service: its scheduler policy and its side of the hand-over."""

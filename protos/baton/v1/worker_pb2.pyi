@@ -1,0 +1,222 @@
+from baton.v1 import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class AttachRequest(_message.Message):
+    __slots__ = ("hello", "submit", "cancel", "heartbeat")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    SUBMIT_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    hello: RouterHello
+    submit: Submit
+    cancel: Cancel
+    heartbeat: Heartbeat
+    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
+
+class AttachResponse(_message.Message):
+    __slots__ = ("hello", "frame", "load")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    FRAME_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    hello: WorkerHello
+    frame: StepFrame
+    load: LoadReport
+    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., frame: _Optional[_Union[StepFrame, _Mapping]] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ...) -> None: ...
+
+class RouterHello(_message.Message):
+    __slots__ = ("router_id", "router_epoch", "live")
+    ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LIVE_FIELD_NUMBER: _ClassVar[int]
+    router_id: str
+    router_epoch: int
+    live: _containers.RepeatedCompositeFieldContainer[LiveRequest]
+    def __init__(self, router_id: _Optional[str] = ..., router_epoch: _Optional[int] = ..., live: _Optional[_Iterable[_Union[LiveRequest, _Mapping]]] = ...) -> None: ...
+
+class LiveRequest(_message.Message):
+    __slots__ = ("key", "next_position")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    NEXT_POSITION_FIELD_NUMBER: _ClassVar[int]
+    key: _common_pb2.RequestKey
+    next_position: int
+    def __init__(self, key: _Optional[_Union[_common_pb2.RequestKey, _Mapping]] = ..., next_position: _Optional[int] = ...) -> None: ...
+
+class WorkerHello(_message.Message):
+    __slots__ = ("identity", "role", "model", "link_address", "load", "pid", "unknown")
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    LINK_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    UNKNOWN_FIELD_NUMBER: _ClassVar[int]
+    identity: _common_pb2.WorkerIdentity
+    role: _common_pb2.Role
+    model: ModelInfo
+    link_address: str
+    load: LoadReport
+    pid: int
+    unknown: _containers.RepeatedCompositeFieldContainer[_common_pb2.RequestKey]
+    def __init__(self, identity: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., link_address: _Optional[str] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ..., pid: _Optional[int] = ..., unknown: _Optional[_Iterable[_Union[_common_pb2.RequestKey, _Mapping]]] = ...) -> None: ...
+
+class ModelInfo(_message.Message):
+    __slots__ = ("name", "path", "fingerprint", "max_model_len", "vocab_size", "block_size")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    path: str
+    fingerprint: str
+    max_model_len: int
+    vocab_size: int
+    block_size: int
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., fingerprint: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., block_size: _Optional[int] = ...) -> None: ...
+
+class Submit(_message.Message):
+    __slots__ = ("key", "prompt_token_ids", "sampling", "tenant_key", "age_s", "time_left_s", "prefill", "decode")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    TENANT_KEY_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    TIME_LEFT_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    key: _common_pb2.RequestKey
+    prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    sampling: _common_pb2.SamplingParams
+    tenant_key: bytes
+    age_s: float
+    time_left_s: float
+    prefill: PrefillJob
+    decode: DecodeJob
+    def __init__(self, key: _Optional[_Union[_common_pb2.RequestKey, _Mapping]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., tenant_key: _Optional[bytes] = ..., age_s: _Optional[float] = ..., time_left_s: _Optional[float] = ..., prefill: _Optional[_Union[PrefillJob, _Mapping]] = ..., decode: _Optional[_Union[DecodeJob, _Mapping]] = ...) -> None: ...
+
+class PrefillJob(_message.Message):
+    __slots__ = ("reader",)
+    READER_FIELD_NUMBER: _ClassVar[int]
+    reader: _common_pb2.WorkerIdentity
+    def __init__(self, reader: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ...) -> None: ...
+
+class DecodeJob(_message.Message):
+    __slots__ = ("owner", "owner_link_address")
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    OWNER_LINK_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    owner: _common_pb2.WorkerIdentity
+    owner_link_address: str
+    def __init__(self, owner: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ..., owner_link_address: _Optional[str] = ...) -> None: ...
+
+class Cancel(_message.Message):
+    __slots__ = ("key",)
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    key: _common_pb2.RequestKey
+    def __init__(self, key: _Optional[_Union[_common_pb2.RequestKey, _Mapping]] = ...) -> None: ...
+
+class Heartbeat(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StepFrame(_message.Message):
+    __slots__ = ("records",)
+    RECORDS_FIELD_NUMBER: _ClassVar[int]
+    records: _containers.RepeatedCompositeFieldContainer[OutputRecord]
+    def __init__(self, records: _Optional[_Iterable[_Union[OutputRecord, _Mapping]]] = ...) -> None: ...
+
+class OutputRecord(_message.Message):
+    __slots__ = ("key", "position", "token_ids", "finish", "prefill", "handover", "error", "forwarded_tokens")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    HANDOVER_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    FORWARDED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    key: _common_pb2.RequestKey
+    position: int
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    finish: _common_pb2.FinishReason
+    prefill: PrefillReport
+    handover: HandoverReport
+    error: _common_pb2.ErrorDetail
+    forwarded_tokens: int
+    def __init__(self, key: _Optional[_Union[_common_pb2.RequestKey, _Mapping]] = ..., position: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., prefill: _Optional[_Union[PrefillReport, _Mapping]] = ..., handover: _Optional[_Union[HandoverReport, _Mapping]] = ..., error: _Optional[_Union[_common_pb2.ErrorDetail, _Mapping]] = ..., forwarded_tokens: _Optional[int] = ...) -> None: ...
+
+class PrefillReport(_message.Message):
+    __slots__ = ("cached_tokens", "computed_tokens", "queue_s", "compute_s")
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    cached_tokens: int
+    computed_tokens: int
+    queue_s: float
+    compute_s: float
+    def __init__(self, cached_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ...) -> None: ...
+
+class HandoverReport(_message.Message):
+    __slots__ = ("pulled_blocks", "pulled_bytes", "transport", "cached_tokens", "pull_s")
+    PULLED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PULLED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PULL_S_FIELD_NUMBER: _ClassVar[int]
+    pulled_blocks: int
+    pulled_bytes: int
+    transport: str
+    cached_tokens: int
+    pull_s: float
+    def __init__(self, pulled_blocks: _Optional[int] = ..., pulled_bytes: _Optional[int] = ..., transport: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., pull_s: _Optional[float] = ...) -> None: ...
+
+class LoadReport(_message.Message):
+    __slots__ = ("blocks_total", "blocks_free", "blocks_cached", "blocks_leased", "requests_running", "requests_waiting", "tokens_pending", "draining", "leases", "blocks_quarantined")
+    BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_LEASED_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_WAITING_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PENDING_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_QUARANTINED_FIELD_NUMBER: _ClassVar[int]
+    blocks_total: int
+    blocks_free: int
+    blocks_cached: int
+    blocks_leased: int
+    requests_running: int
+    requests_waiting: int
+    tokens_pending: int
+    draining: bool
+    leases: _containers.RepeatedCompositeFieldContainer[LeaseRow]
+    blocks_quarantined: int
+    def __init__(self, blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_leased: _Optional[int] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., tokens_pending: _Optional[int] = ..., draining: _Optional[bool] = ..., leases: _Optional[_Iterable[_Union[LeaseRow, _Mapping]]] = ..., blocks_quarantined: _Optional[int] = ...) -> None: ...
+
+class LeaseRow(_message.Message):
+    __slots__ = ("key", "owner", "reader", "blocks", "bytes", "age_s", "expires_in_s", "state")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    READER_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_IN_S_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    key: _common_pb2.RequestKey
+    owner: str
+    reader: str
+    blocks: int
+    bytes: int
+    age_s: float
+    expires_in_s: float
+    state: str
+    def __init__(self, key: _Optional[_Union[_common_pb2.RequestKey, _Mapping]] = ..., owner: _Optional[str] = ..., reader: _Optional[str] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., age_s: _Optional[float] = ..., expires_in_s: _Optional[float] = ..., state: _Optional[str] = ...) -> None: ...

@@ -1,0 +1,1 @@
+"""HTTP and gRPC front, validation, tokenizing, placement, dispatch, admin. No torch."""

@@ -1,0 +1,1 @@
+"""What both worker roles are made of: process, control stream, engine thread."""
