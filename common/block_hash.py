@@ -32,7 +32,11 @@ def block_hash(tenant_key: bytes, parent: BlockHash, tokens: Sequence[int]) -> B
 
 
 def extend_hashes(
-    hashes: list[BlockHash], tenant_key: bytes, root: BlockHash, tokens: Sequence[int], block_size: int
+    hashes: list[BlockHash],
+    tenant_key: bytes,
+    root: BlockHash,
+    tokens: Sequence[int],
+    block_size: int,
 ) -> None:
     """Append to `hashes` those of all further full blocks of `tokens`; existing entries stay."""
     parent = hashes[-1] if hashes else root

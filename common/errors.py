@@ -33,12 +33,14 @@ from typing import ClassVar
 
 
 class BatonError(Exception):
-    """Base of all errors with a defined answer. `retryable`: the same request may succeed elsewhere."""
+    """An error with a defined answer. `retryable`: the same request may succeed elsewhere."""
 
     reason: ClassVar[str] = "error"
     retryable: ClassVar[bool] = False
 
-    def __init__(self, message: str, *, field: str | None = None, retry_after_s: float | None = None):
+    def __init__(
+        self, message: str, *, field: str | None = None, retry_after_s: float | None = None
+    ):
         super().__init__(message)
         self.message = message
         self.field = field

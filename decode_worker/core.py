@@ -1,0 +1,398 @@
+"""The decode role as a state machine. Life of a request here:
+
+1. CLAIMING: accepted; the lease is claimed from the prefill worker and renewed from now on.
+2. QUEUED: the lease is open; the request still holds nothing here.
+3. PULLING: at the head of the queue its own cache hits are pinned and the rest is reserved in one
+   step; announced blocks are pulled while the owner computes the next.
+4. RUNNING: the first token is known, every block has passed its fence, the lease is released; the
+   sequence joined the running batch and the loss of the prefill worker is nothing to it.
+
+Whoever holds space here already holds all it needs of the owner, so nothing waits in a circle.
+"""
+
+import logging
+from dataclasses import dataclass
+from enum import Enum
+
+from baton.common.clock import Clock
+from baton.common.errors import (
+    BatonError,
+    Cancelled,
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    LeaseLost,
+    WorkerLost,
+)
+from baton.common.ids import BlockHandle, RequestKey, RouterId, WorkerIdentity
+from baton.common.messages import (
+    Cancel,
+    DecodeJob,
+    HandoverReport,
+    LeaseClaim,
+    LeaseRelease,
+    LeaseRenew,
+    LeaseState,
+    LeaseStatus,
+    LoadReport,
+    OutputRecord,
+    Submit,
+)
+from baton.decode_worker.pull import Pull
+from baton.decode_worker.scheduler import DecodeScheduler
+from baton.engine.conservation import check_conservation
+from baton.engine.engine import Engine
+from baton.engine.finish import finish_reason
+from baton.engine.sequence import Chunk, Sequence
+from baton.kvtransfer.endings import Endings
+from baton.kvtransfer.events import FromOwner, PeerConnected, PeerDisconnected
+from baton.kvtransfer.ledger import RENEW_EVERY_S
+from baton.kvtransfer.link_codec import merge_status
+from baton.kvtransfer.open_reads import OpenReads
+from baton.kvtransfer.transport.base import PeerReader
+from baton.worker.admission import Limits, refusal
+from baton.worker.core import Drain, Effects, Event, FromRouter, RouterAttached, RouterGone
+
+log = logging.getLogger(__name__)
+
+LOAD_EVERY_S = 1.0
+IDLE_WAIT_S = 0.1
+# Between polls of open reads when no sequence runs.
+POLL_WAIT_S = 0.0002
+
+
+class _State(Enum):
+    CLAIMING = "claiming"
+    QUEUED = "queued"
+    PULLING = "pulling"
+    RUNNING = "running"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Request:
+    key: RequestKey
+    router_id: RouterId
+    sequence: Sequence
+    owner: WorkerIdentity
+    accepted_at: float
+    deadline: float
+    renew_at: float
+    state: _State = _State.CLAIMING
+    # The newest word of the owner; handles are merged in from the status that carried them.
+    status: LeaseStatus | None = None
+    pull: Pull | None = None
+
+
+class DecodeCore:
+    """Implements `WorkerCore` for the decode role."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        scheduler: DecodeScheduler,
+        limits: Limits,
+        *,
+        transport_name: str,
+        clock: Clock,
+    ) -> None:
+        self._engine = engine
+        self._scheduler = scheduler
+        self._limits = limits
+        self._transport_name = transport_name
+        self._clock = clock
+        self._peers: dict[WorkerIdentity, PeerReader] = {}
+        self._reads = OpenReads(engine.kv)
+        self._endings = Endings()
+        self._requests: dict[RequestKey, _Request] = {}
+        self._effects = Effects()
+        self._draining = False
+        self._next_load = 0.0
+
+    # --- WorkerCore ---
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._requests)
+
+    def handle(self, event: Event) -> None:
+        match event:
+            case FromRouter(router_id, Submit() as submit):
+                self._submit(router_id, submit)
+            case FromRouter(_, Cancel(key)):
+                self._cancel(key)
+            case FromOwner(owner, status):
+                self._status(owner, status)
+            case PeerConnected(owner, peer):
+                self._peers[owner] = peer
+            case PeerDisconnected(owner, error):
+                self._peer_lost(owner, error)
+            case RouterAttached(router_id, live):
+                self._abort_router(router_id, keep=frozenset(live))
+            case RouterGone(router_id):
+                self._abort_router(router_id, keep=frozenset())
+            case Drain():
+                self._draining = True
+            case _:
+                raise AssertionError(f"a decode worker gets no {type(event).__name__}")
+
+    def step(self) -> None:
+        now = self._clock.monotonic()
+        self._reads.poll()
+        self._sweep(now)
+        self._admit(now)
+        self._advance_pulls(now)
+        plan = self._scheduler.plan()
+        if plan:
+            self._decode(plan)
+        if now >= self._next_load:
+            self._next_load = now + LOAD_EVERY_S
+            self._effects.load = self._load()
+
+    def wait_s(self) -> float:
+        if self._scheduler.num_running:
+            return 0.0
+        return POLL_WAIT_S if self._reads else IDLE_WAIT_S
+
+    def take_effects(self) -> Effects:
+        effects, self._effects = self._effects, Effects()
+        return effects
+
+    def close(self) -> None:
+        """Destroy the agents that posted reads, so that nothing lands in the arena any more."""
+        for peer in self._peers.values():
+            peer.close()
+        self._peers.clear()
+
+    def check_invariants(self) -> None:
+        check_conservation(
+            self._engine.pool,
+            self._engine.prefix,
+            sequences=[request.sequence for request in self._requests.values()],
+            receiving=self._reads.receiving,
+            quarantined=self._reads.quarantined,
+        )
+
+    # --- what routers send ---
+
+    def _submit(self, router_id: RouterId, submit: Submit) -> None:
+        now = self._clock.monotonic()
+        if submit.key in self._requests:
+            log.warning("request %s was submitted twice; the first one stays", submit.key)
+            return
+        error = refusal(
+            submit,
+            self._limits,
+            kv_tokens=_kv_tokens(submit.prompt_tokens, submit.sampling.max_tokens),
+            num_requests=len(self._requests),
+            has_ended=self._endings.has_ended(submit.key),
+            is_draining=self._draining,
+        )
+        if error is None and not isinstance(submit.job, DecodeJob):
+            error = InvalidRequest("a decode worker takes decode jobs", field="job")
+        if error is not None:
+            self._endings.remember(submit.key, now=now)
+            self._effects.record(router_id, OutputRecord(key=submit.key, error=error))
+            return
+        assert isinstance(submit.job, DecodeJob), "other jobs were refused"
+        owner = submit.job.owner
+        self._requests[submit.key] = _Request(
+            key=submit.key,
+            router_id=router_id,
+            sequence=self._engine.new_sequence(
+                submit.prompt_tokens, submit.sampling, submit.tenant_key
+            ),
+            owner=owner,
+            accepted_at=now - submit.age_s,
+            deadline=now + submit.time_left_s,
+            renew_at=now + RENEW_EVERY_S,
+        )
+        self._effects.dials.append((owner, submit.job.owner_link_address))
+        self._effects.messages.append((owner, LeaseClaim(submit.key)))
+
+    def _cancel(self, key: RequestKey) -> None:
+        request = self._requests.get(key)
+        if request is None:
+            self._endings.remember(key, now=self._clock.monotonic())
+        else:
+            self._end(request, Cancelled("the router cancelled the request"))
+
+    def _abort_router(self, router_id: RouterId, *, keep: frozenset[RequestKey]) -> None:
+        for request in list(self._requests.values()):
+            if request.router_id == router_id and request.key not in keep:
+                self._end(request, WorkerLost("the request's router is gone"))
+
+    # --- what owners say ---
+
+    def _status(self, owner: WorkerIdentity, status: LeaseStatus) -> None:
+        request = self._requests.get(status.key)
+        if request is None and status.state is LeaseState.OPEN and not status.finished:
+            if self._endings.has_ended(status.key):
+                self._effects.messages.append((owner, LeaseRelease(status.key)))
+            return
+        if request is None or request.owner != owner or request.state is _State.RUNNING:
+            return
+        if status.state is LeaseState.ENDED:
+            cause = status.error.message if status.error is not None else "no cause given"
+            self._end(request, LeaseLost(f"{owner} ended the lease: {cause}"))
+        elif status.state is LeaseState.OPEN:
+            request.status = merge_status(request.status, status)
+            if status.finished:
+                # The request ended with its first token, which the owner reported itself.
+                self._end(request, None)
+            elif request.state is _State.CLAIMING and request.status.slots:
+                self._check_handles(request, request.status)
+
+    def _check_handles(self, request: _Request, status: LeaseStatus) -> None:
+        expected = self._limits.num_blocks_for(request.sequence.prompt_len)
+        if len(status.slots) != expected:
+            self._end(
+                request,
+                InternalError(
+                    f"{request.owner} leased {len(status.slots)} blocks for a prompt of {expected}"
+                ),
+            )
+            return
+        request.state = _State.QUEUED
+        self._scheduler.add(request.key, accepted_at=request.accepted_at)
+
+    def _peer_lost(self, owner: WorkerIdentity, error: BatonError) -> None:
+        for request in list(self._requests.values()):
+            if request.owner == owner and request.state is not _State.RUNNING:
+                self._end(request, error)
+        peer = self._peers.pop(owner, None)
+        if peer is not None:
+            # Destroys the agent: the only fence for what it still has in flight.
+            peer.close()
+
+    # --- deadlines ---
+
+    def _sweep(self, now: float) -> None:
+        renewals: dict[WorkerIdentity, list[RequestKey]] = {}
+        for request in list(self._requests.values()):
+            if now >= request.deadline:
+                self._end(request, DeadlineExceeded("the deadline passed during decode"))
+            elif request.state is not _State.RUNNING and now >= request.renew_at:
+                request.renew_at = now + RENEW_EVERY_S
+                renewals.setdefault(request.owner, []).append(request.key)
+        for owner, keys in renewals.items():
+            self._effects.messages.append((owner, LeaseRenew(tuple(keys))))
+
+    # --- the iteration ---
+
+    def _admit(self, now: float) -> None:
+        while (key := self._scheduler.head()) is not None:
+            request = self._requests[key]
+            sequence = request.sequence
+            kv_tokens = _kv_tokens(sequence.tokens, sequence.sampling.max_tokens)
+            if not self._engine.kv.reserve(sequence, kv_tokens, sequence.prompt_len):
+                return
+            self._scheduler.admit(key)
+            request.state = _State.PULLING
+            request.pull = self._start_pull(request, now)
+
+    def _start_pull(self, request: _Request, now: float) -> Pull:
+        status = request.status
+        assert status is not None, "a queued request knows its handles"
+        handles = [
+            BlockHandle(slot, generation)
+            for slot, generation in zip(status.slots, status.generations, strict=True)
+        ]
+        return Pull(
+            self._reads,
+            self._peers[request.owner],
+            handles=handles,
+            slots=request.sequence.slots,
+            first_block=request.sequence.num_published,
+            block_bytes=self._engine.arena.block_bytes,
+            now=now,
+        )
+
+    def _advance_pulls(self, now: float) -> None:
+        for key in self._scheduler.pulling():
+            request = self._requests[key]
+            pull, status = request.pull, request.status
+            assert pull is not None, "a pulling request has its pull"
+            assert status is not None, "a pulling request has its status"
+            pull.post(self._readable_blocks(request, status), now=now)
+            pull.poll(now=now)
+            if pull.error is not None:
+                self._end(request, pull.error)
+            elif pull.is_complete and status.first_token is not None:
+                self._join(request, pull, status.first_token, now)
+
+    def _readable_blocks(self, request: _Request, status: LeaseStatus) -> int:
+        if status.readable_tokens >= request.sequence.prompt_len:
+            return len(status.slots)
+        return status.readable_tokens // self._engine.block_size
+
+    def _join(self, request: _Request, pull: Pull, first_token: int, now: float) -> None:
+        """All bytes are those of the handles: the lease ends and the sequence runs."""
+        sequence = request.sequence
+        sequence.num_computed = sequence.prompt_len
+        self._engine.kv.publish(sequence, sequence.prompt_len)
+        sequence.tokens.append(first_token)
+        request.state = _State.RUNNING
+        request.pull = request.status = None
+        self._scheduler.join(request.key)
+        self._effects.messages.append((request.owner, LeaseRelease(request.key)))
+        report = HandoverReport(
+            pulled_blocks=pull.num_blocks,
+            pulled_bytes=pull.pulled_bytes,
+            transport=self._transport_name,
+            cached_tokens=sequence.num_cached,
+            pull_s=now - pull.started_at,
+        )
+        record = OutputRecord(key=request.key, tokens=(first_token,), handover=report)
+        self._effects.record(request.router_id, record)
+
+    def _decode(self, plan: list[RequestKey]) -> None:
+        requests = {self._requests[key].sequence: self._requests[key] for key in plan}
+        sampled = self._engine.step([Chunk(sequence, 1) for sequence in requests])
+        eos = self._engine.model_config.eos_token_ids
+        for sequence, token in sampled:
+            request = requests[sequence]
+            finish = finish_reason(sequence, eos, self._limits.max_model_len)
+            record = OutputRecord(
+                key=request.key,
+                position=sequence.num_output - 1,
+                tokens=(token,),
+                finish=finish,
+                forwarded_tokens=sequence.num_forwarded if finish is not None else 0,
+            )
+            self._effects.record(request.router_id, record)
+            if finish is not None:
+                self._end(request, None)
+
+    # --- ends ---
+
+    def _end(self, request: _Request, error: BatonError | None) -> None:
+        """The request is over here: its blocks go, what is in flight stays in quarantine."""
+        del self._requests[request.key]
+        self._scheduler.remove(request.key)
+        if request.pull is not None:
+            request.pull.abandon("the request ended")
+        sequence = request.sequence
+        if request.state is _State.RUNNING:
+            self._engine.kv.publish(sequence, sequence.num_computed)
+        self._engine.kv.release(sequence)
+        self._endings.remember(request.key, now=self._clock.monotonic())
+        if request.state is not _State.RUNNING:
+            self._effects.messages.append((request.owner, LeaseRelease(request.key)))
+        if error is not None and not isinstance(error, Cancelled):
+            self._effects.record(request.router_id, OutputRecord(key=request.key, error=error))
+
+    def _load(self) -> LoadReport:
+        return LoadReport(
+            blocks_total=self._engine.num_blocks,
+            blocks_free=self._engine.pool.num_free,
+            blocks_cached=self._engine.prefix.num_evictable,
+            blocks_quarantined=sum(len(slots) for slots in self._reads.quarantined),
+            requests_running=self._scheduler.num_running,
+            requests_waiting=len(self._requests) - self._scheduler.num_running,
+            draining=self._draining,
+        )
+
+
+def _kv_tokens(prompt: list[int], max_tokens: int) -> int:
+    """Tokens whose KV a request needs here; the last output token is never fed."""
+    return len(prompt) + max_tokens - 1

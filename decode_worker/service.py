@@ -1,0 +1,38 @@
+"""The decode worker's wiring: its scheduler and core inside a WorkerServer."""
+
+from pathlib import Path
+
+from baton.common.config import WorkerConfig
+from baton.common.sampling import Role
+from baton.decode_worker.core import DecodeCore
+from baton.decode_worker.scheduler import DecodeScheduler
+from baton.kvtransfer.transport.open import open_transport
+from baton.worker.server import Rank, TransportFactory, WorkerServer
+
+
+def build_core(rank: Rank) -> DecodeCore:
+    """The role's state machine on this rank."""
+    scheduler = DecodeScheduler(max_num_seqs=rank.config.max_num_seqs)
+    return DecodeCore(
+        rank.engine,
+        scheduler,
+        rank.limits,
+        transport_name=rank.transport_name,
+        clock=rank.clock,
+    )
+
+
+def decode_server(
+    config: WorkerConfig,
+    model_folder: Path,
+    *,
+    transport_factory: TransportFactory = open_transport,
+) -> WorkerServer:
+    """A decode worker, not started yet."""
+    return WorkerServer(
+        config,
+        Role.DECODE,
+        build_core,
+        model_folder=model_folder,
+        open_transport=transport_factory,
+    )

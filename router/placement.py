@@ -1,0 +1,106 @@
+"""Which prefill worker and which decode worker serve a request, behind one small interface."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from baton.common.errors import ExceedsKvCapacity, NoWorker
+from baton.common.ids import WorkerIdentity
+from baton.common.messages import LoadReport
+from baton.common.randomness import Randomness
+from baton.common.sampling import Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A live worker as placement sees it. `in_flight`: requests that this router has there."""
+
+    identity: WorkerIdentity
+    role: Role
+    fingerprint: str
+    block_size: int
+    load: LoadReport
+    in_flight: int
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether the whole arena could hold the KV of that many tokens."""
+        return -(-num_tokens // self.block_size) <= self.load.blocks_total
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """`decode` is None for a request that ends with its first token."""
+
+    prefill: WorkerIdentity
+    decode: WorkerIdentity | None
+
+
+class Placement(Protocol):
+    """A policy. Called on the event loop for each request; never blocks, never does I/O."""
+
+    def choose(
+        self, candidates: Sequence[Candidate], *, prompt_len: int, max_tokens: int
+    ) -> Choice:
+        """Pick a pair of equal fingerprint.
+
+        Raises NoWorker when a role has nobody, ExceedsKvCapacity when nobody is large enough.
+        """
+        ...
+
+
+class LeastLoaded:
+    """The prefill worker with the fewest pending tokens, the decode worker with the fewest
+    requests; ties are broken at random."""
+
+    def __init__(self, randomness: Randomness) -> None:
+        self._randomness = randomness
+
+    def choose(
+        self, candidates: Sequence[Candidate], *, prompt_len: int, max_tokens: int
+    ) -> Choice:
+        prefills = _usable(candidates, Role.PREFILL, prompt_len)
+        if max_tokens == 1:
+            return Choice(self._least(prefills, _prefill_load).identity, None)
+        decodes = _usable(candidates, Role.DECODE, prompt_len + max_tokens - 1)
+        shared = {worker.fingerprint for worker in prefills} & {
+            worker.fingerprint for worker in decodes
+        }
+        if not shared:
+            raise NoWorker(
+                "no prefill and decode worker store KV alike; `baton admin workers list` shows "
+                "what they serve",
+                retry_after_s=1.0,
+            )
+        prefills = [worker for worker in prefills if worker.fingerprint in shared]
+        prefill = self._least(prefills, _prefill_load)
+        decodes = [worker for worker in decodes if worker.fingerprint == prefill.fingerprint]
+        return Choice(prefill.identity, self._least(decodes, _decode_load).identity)
+
+    def _least(self, workers: list[Candidate], load: "_Load") -> Candidate:
+        return min(workers, key=lambda worker: (load(worker), self._randomness.bits(32)))
+
+
+class _Load(Protocol):
+    def __call__(self, worker: Candidate, /) -> tuple[int, int]: ...
+
+
+def _prefill_load(worker: Candidate) -> tuple[int, int]:
+    return worker.in_flight, worker.load.tokens_pending
+
+
+def _decode_load(worker: Candidate) -> tuple[int, int]:
+    return worker.in_flight, worker.load.requests_running + worker.load.requests_waiting
+
+
+def _usable(candidates: Sequence[Candidate], role: Role, num_tokens: int) -> list[Candidate]:
+    of_role = [worker for worker in candidates if worker.role is role]
+    if not of_role:
+        raise NoWorker(f"no {role.value} worker is ready", retry_after_s=1.0)
+    large_enough = [worker for worker in of_role if worker.fits(num_tokens)]
+    if not large_enough:
+        largest = max(of_role, key=lambda worker: worker.load.blocks_total)
+        raise ExceedsKvCapacity(
+            f"{num_tokens} tokens of KV fit no {role.value} worker; the largest holds "
+            f"{largest.load.blocks_total * largest.block_size}"
+        )
+    return large_enough

@@ -1,0 +1,71 @@
+"""What a worker refuses at once. Routers validate too, but a worker does not rely on it."""
+
+from dataclasses import dataclass
+
+from baton.common.errors import (
+    AlreadyExists,
+    BatonError,
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    ExceedsKvCapacity,
+    InvalidRequest,
+    NoWorker,
+    QueueFull,
+)
+from baton.common.messages import Submit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The bounds of this worker."""
+
+    max_model_len: int
+    vocab_size: int
+    num_blocks: int
+    block_size: int
+    max_requests: int
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+
+def refusal(
+    submit: Submit,
+    limits: Limits,
+    *,
+    kv_tokens: int,
+    num_requests: int,
+    has_ended: bool,
+    is_draining: bool,
+) -> BatonError | None:
+    """Why this submit cannot be taken, or None. `kv_tokens`: what its blocks must hold here."""
+    prompt = submit.prompt_tokens
+    if not prompt:
+        return InvalidRequest("the prompt is empty", field="prompt")
+    if max(prompt) >= limits.vocab_size:
+        return InvalidRequest(
+            f"token id {max(prompt)} is outside the vocabulary of {limits.vocab_size}",
+            field="prompt",
+        )
+    if len(prompt) + submit.sampling.max_tokens > limits.max_model_len:
+        return ContextLengthExceeded(
+            f"{len(prompt)} prompt tokens and {submit.sampling.max_tokens} output tokens exceed "
+            f"the model length of {limits.max_model_len}; shorten either",
+            field="max_tokens",
+        )
+    if limits.num_blocks_for(kv_tokens) > limits.num_blocks:
+        return ExceedsKvCapacity(
+            f"the request needs {limits.num_blocks_for(kv_tokens)} KV blocks, the worker has "
+            f"{limits.num_blocks}; shorten it or give the worker more --kv-memory"
+        )
+    if submit.time_left_s <= 0:
+        return DeadlineExceeded("the deadline passed before the request reached the worker")
+    if has_ended:
+        return AlreadyExists(f"attempt {submit.key.attempt} of this transfer has ended here")
+    if is_draining:
+        return NoWorker("the worker drains and takes no further requests", retry_after_s=1.0)
+    if num_requests >= limits.max_requests:
+        return QueueFull(
+            f"the worker holds {limits.max_requests} requests already", retry_after_s=1.0
+        )
+    return None
