@@ -6,7 +6,7 @@ description of a field is the help text of its flag.
 
 import os
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 from pydantic_settings import (
@@ -82,7 +82,9 @@ class WorkerConfig(ClusterConfig):
     worker_id: str | None = Field(None, description="stable name; default: role and pid")
     listen: str = Field(f"{LOOPBACK}:0", description="HOST:PORT to listen on; port 0: any")
     advertise: str | None = Field(None, description="HOST:PORT that others dial, if not listen's")
-    dtype: str = Field("auto", description="auto, float32, float16 or bfloat16")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="auto, float32, float16 or bfloat16"
+    )
     block_size: int = Field(32, ge=1, le=1024, description="tokens per KV block")
     kv_memory: int | None = Field(None, gt=0, description="bytes of KV arena")
     num_blocks: int | None = Field(None, gt=0, description="KV blocks, instead of --kv-memory")
@@ -90,7 +92,9 @@ class WorkerConfig(ClusterConfig):
     max_num_seqs: int = Field(256, ge=1, description="sequences in one step")
     max_num_batched_tokens: int = Field(2048, ge=1, description="prompt tokens in one step")
     max_requests: int = Field(4096, ge=1, description="requests held before they are refused")
-    load_format: str = Field("auto", description="auto, or dummy for seeded random weights")
+    load_format: Literal["auto", "dummy"] = Field(
+        "auto", description="auto, or dummy for seeded random weights"
+    )
     num_threads: int | None = Field(None, ge=1, description="torch threads")
     transport: str = Field("nixl", description="how KV crosses: nixl")
     check_invariants: bool = Field(

@@ -184,8 +184,6 @@ class PrefixCache:
         parent = node.parent
         if parent is not None:
             parent.num_children -= 1
-            # Whoever used the child used the path to it.
-            parent.last_use = max(parent.last_use, node.last_use)
             self._queue(parent)
         if self._listener is not None:
             self._listener.on_evicted(node.hash)

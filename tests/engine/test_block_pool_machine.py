@@ -30,8 +30,12 @@ from baton.engine.sequence import Sequence
 BLOCK = 2
 NUM_SLOTS = 9
 TENANTS = (b"red", b"blue")
-# Two token values and short prompts, so that paths meet, part and meet again.
-PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=11)
+# Two token values, and often the start of a known text, so that paths meet, part and meet again.
+TEXT = [0, 1, 1, 0, 0, 0, 1, 1, 1, 0, 1]
+PROMPTS = st.one_of(
+    st.integers(1, len(TEXT)).map(lambda length: TEXT[:length]),
+    st.lists(st.integers(0, 1), min_size=1, max_size=len(TEXT)),
+)
 ANY_INDEX = st.integers(0, 1000)
 
 
@@ -159,13 +163,18 @@ class KvMachine(RuleBasedStateMachine):
         self.sequences.remove(sequence)
         self.kv.release(sequence)
 
-    @precondition(lambda self: self.cached or self.sequences)
+    @precondition(lambda self: self.sequences)
     @rule(index=ANY_INDEX, skip=st.integers(0, 2))
-    def lease(self, index, skip):
-        if self.sequences:
-            slots = self.pick(index).slots[skip:]
-        else:
-            slots = [block.slot for block in self.prefix.blocks()][skip::2]
+    def lease_own_blocks(self, index, skip):
+        self.lease(self.pick(index).slots[skip:])
+
+    @precondition(lambda self: self.cached)
+    @rule(start=ANY_INDEX, step=st.integers(1, 3))
+    def lease_cached_blocks(self, start, step):
+        slots = [block.slot for block in self.prefix.blocks()]
+        self.lease(slots[start % len(slots) :: step])
+
+    def lease(self, slots):
         self.kv.pin(slots)
         self.pins["leased"].append(list(slots))
 
@@ -216,8 +225,8 @@ def test_random_histories():
     run_state_machine_as_test(
         KvMachine,
         settings=settings(
-            max_examples=100,
-            stateful_step_count=40,
+            max_examples=150,
+            stateful_step_count=50,
             deadline=None,
             derandomize=True,
             suppress_health_check=list(HealthCheck),

@@ -125,7 +125,7 @@ def test_a_block_counts_as_used_until_its_last_holder_lets_go(cache):
     assert cache.evicted(2) == "b a"
 
 
-def test_a_parent_is_as_recent_as_its_youngest_child(cache):
+def test_a_longer_path_keeps_its_ancestors_recent(cache):
     cache.put_idle("ab")
     cache.put_idle("x")
     cache.put_idle("abc", start=2)

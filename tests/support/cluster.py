@@ -1,0 +1,141 @@
+"""A whole cluster inside one event loop: real Redis, real gRPC, the real engines.
+
+The three services run as servers of one process; KV crosses by the memory transport or by NIXL.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from baton.common.config import RouterConfig, WorkerConfig
+from baton.common.ids import WorkerIdentity
+from baton.common.sampling import SamplingParams
+from baton.decode_worker.service import decode_server
+from baton.kvtransfer.transport.base import Transport
+from baton.kvtransfer.transport.memory import MemoryFabric, MemoryTransport
+from baton.kvtransfer.transport.open import open_transport
+from baton.prefill_worker.service import prefill_server
+from baton.router.generation import GenerationSpec, Report, Usage
+from baton.router.server import RouterServer
+from baton.worker.server import WorkerServer
+
+READY_DEADLINE_S = 30.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    tokens: list[int]
+    usage: Usage
+    report: Report
+    finish: str
+
+
+@dataclass
+class Cluster:
+    router: RouterServer
+    prefills: list[WorkerServer] = field(default_factory=list)
+    decodes: list[WorkerServer] = field(default_factory=list)
+
+    async def generate(
+        self, prompt: list[int], *, max_tokens: int = 64, timeout_s: float = 60.0, **sampling: Any
+    ) -> Answer:
+        """Greedy unless told otherwise; raises the request's BatonError."""
+        params = {"temperature": 0.0, "ignore_eos": True, **sampling}
+        spec = GenerationSpec(
+            request_id="test",
+            model=self.router.catalog.models()[0].name,
+            prompt_tokens=prompt,
+            sampling=SamplingParams(max_tokens=max_tokens, **params),
+            stop=(),
+            tenant_key=b"",
+            timeout_s=timeout_s,
+        )
+        tokens: list[int] = []
+        async for event in self.router.source.submit(spec):
+            tokens.extend(event.token_ids)
+            if event.finish is not None:
+                assert event.usage is not None
+                assert event.report is not None
+                return Answer(tokens, event.usage, event.report, event.finish.value)
+        raise AssertionError("the stream ended without a finish")
+
+    @property
+    def workers(self) -> list[WorkerServer]:
+        return [*self.prefills, *self.decodes]
+
+    async def at_rest(self) -> None:
+        """Wait until no worker holds a request, and check that every slot is accounted for."""
+        async with asyncio.timeout(10):
+            while any(worker.core.num_requests for worker in self.workers):
+                await asyncio.wait([asyncio.create_task(asyncio.Event().wait())], timeout=0.01)
+
+
+TransportFactory = Callable[[str, WorkerIdentity], Transport]
+
+
+def transports(name: str) -> TransportFactory:
+    """One factory for all workers of a cluster."""
+    if name == "nixl":
+        return open_transport
+    fabric = MemoryFabric()
+    return lambda _, identity: MemoryTransport(identity, fabric)
+
+
+@asynccontextmanager
+async def run_cluster(
+    model: Path,
+    redis_url: str,
+    *,
+    prefill: int = 1,
+    decode: int = 1,
+    transport: str = "memory",
+    factory: TransportFactory | None = None,
+    **worker_flags: Any,
+) -> AsyncIterator[Cluster]:
+    """A ready cluster; stopped in order at the end."""
+    factory = factory or transports(transport)
+    name = f"test-{id(factory)}"
+    flags = {"num_blocks": 512, "check_invariants": True, "num_threads": 1, **worker_flags}
+
+    def config(worker_id: str) -> WorkerConfig:
+        return WorkerConfig(
+            model=str(model), redis=redis_url, cluster=name, worker_id=worker_id, **flags
+        )
+
+    router = RouterServer(
+        RouterConfig(redis=redis_url, cluster=name, http_port=0, grpc_port=0, admin_port=0)
+    )
+    cluster = Cluster(router)
+    for index in range(prefill):
+        server = prefill_server(config(f"p{index}"), model, transport_factory=factory)
+        cluster.prefills.append(server)
+    for index in range(decode):
+        server = decode_server(config(f"d{index}"), model, transport_factory=factory)
+        cluster.decodes.append(server)
+    started: list[WorkerServer | RouterServer] = []
+    try:
+        for server in [*cluster.workers, router]:
+            await server.start()
+            started.append(server)
+        await _ready(cluster)
+        yield cluster
+    finally:
+        for server in reversed(started):
+            await server.stop()
+
+
+async def _ready(cluster: Cluster) -> None:
+    """All workers attached, and the tokenizer read."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + READY_DEADLINE_S
+    while loop.time() < deadline:
+        states = [worker.state.value for worker in cluster.router.fleet.workers()]
+        if states == ["ready"] * len(cluster.workers) and cluster.router.catalog.is_ready():
+            return
+        pause = asyncio.Event()
+        loop.call_later(0.02, pause.set)
+        await pause.wait()
+    raise TimeoutError(f"the cluster is not ready: {states}")
