@@ -3,7 +3,7 @@
     tokens   | row 0 | row 1 ......... | row 2 | ...      [T], rows in the order of the chunks
     context  each row attends to [0, num_computed + num_tokens) of its own sequence
 
-Rows with one token go through one batched attention, the others one by one. This is on the path of
+Rows with one token go through batched attention, the others one by one. This is on the path of
 every step: plain lists, and one array made of them; rows are too few for array arithmetic to pay.
 """
 
@@ -22,9 +22,10 @@ Int64s = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class DecodeRows:
-    """The rows with one token. `block_table` `[S, N]` is padded with the scratch slot."""
+    """Rows with one token and of like length. `block_table` `[S, N]` is padded with the scratch
+    slot; a table less than half as long as another is in another group."""
 
-    # Their tokens among all T; None when there are no others.
+    # Their tokens among all T; None when they are all tokens, in order.
     token_rows: torch.Tensor | None
     block_table: torch.Tensor
     context_lens: torch.Tensor
@@ -50,7 +51,7 @@ class Batch:
     slots: torch.Tensor
     offsets: torch.Tensor
     highest_position: int
-    decode: DecodeRows | None
+    decode: tuple[DecodeRows, ...]
     prefill: tuple[PrefillRow, ...]
     # Tokens after which the next one is sampled, in chunk order.
     last_tokens: torch.Tensor
@@ -137,26 +138,32 @@ def _flat_tokens(
 
 def _split_rows(
     table_SN: Int64s, starts: list[int], lens: list[int], block_size: int
-) -> tuple[DecodeRows | None, tuple[PrefillRow, ...]]:
-    """The rows with one token together, each of the others by itself."""
-    if max(lens) == 1:
-        context_lens = torch.tensor(starts) + 1
-        return DecodeRows(None, torch.from_numpy(table_SN), context_lens), ()
-    decode_rows: list[int] = []
-    decode_tokens: list[int] = []
+) -> tuple[tuple[DecodeRows, ...], tuple[PrefillRow, ...]]:
+    """The rows with one token in groups of like length, each of the others by itself."""
+    single: list[tuple[int, int, int]] = []
     prefill: list[PrefillRow] = []
     first_token = 0
     for row, (start, length) in enumerate(zip(starts, lens, strict=True)):
+        num_blocks = -(-(start + length) // block_size)
         if length == 1:
-            decode_rows.append(row)
-            decode_tokens.append(first_token)
+            single.append((num_blocks, row, first_token))
         else:
-            slots = torch.from_numpy(table_SN[row, : -(-(start + length) // block_size)])
+            slots = torch.from_numpy(table_SN[row, :num_blocks])
             prefill.append(PrefillRow(first_token, length, start + length, slots))
         first_token += length
-    if not decode_rows:
-        return None, tuple(prefill)
-    context_lens = torch.tensor([starts[row] + 1 for row in decode_rows])
-    num_blocks = -(-int(context_lens.max()) // block_size)
-    table = torch.from_numpy(table_SN[decode_rows, :num_blocks])
-    return DecodeRows(torch.tensor(decode_tokens), table, context_lens), tuple(prefill)
+    if len(single) == len(lens) and min(single)[0] * 2 >= table_SN.shape[1]:
+        context_lens = torch.tensor([start + 1 for start in starts])
+        return (DecodeRows(None, torch.from_numpy(table_SN), context_lens),), ()
+    groups: list[list[tuple[int, int, int]]] = []
+    for entry in sorted(single, reverse=True):
+        # Padding to the longest row of a group at most doubles the work.
+        if not groups or entry[0] * 2 < groups[-1][0][0]:
+            groups.append([])
+        groups[-1].append(entry)
+    decode = []
+    for group in groups:
+        rows, tokens = [entry[1] for entry in group], [entry[2] for entry in group]
+        table = torch.from_numpy(table_SN[rows, : group[0][0]])
+        context_lens = torch.tensor([starts[row] + 1 for row in rows])
+        decode.append(DecodeRows(torch.tensor(tokens), table, context_lens))
+    return tuple(decode), tuple(prefill)

@@ -35,7 +35,7 @@ from baton.kernels.rotary import apply_rotary_
 class AttentionPlan:
     """How all rows of a step attend, for the layers of one sliding window."""
 
-    decode: tuple[DecodeRows, DecodePlan] | None
+    decode: tuple[tuple[DecodeRows, DecodePlan], ...]
     prefill: tuple[tuple[PrefillRow, PrefillPlan], ...]
 
 
@@ -131,10 +131,10 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 
 def _plan(batch: Batch, arena: torch.Tensor, window: int | None) -> AttentionPlan:
-    decode = None
-    if batch.decode is not None:
-        rows = batch.decode
-        decode = rows, plan_decode(rows.block_table, rows.context_lens, arena, window)
+    decode = tuple(
+        (rows, plan_decode(rows.block_table, rows.context_lens, arena, window))
+        for rows in batch.decode
+    )
     prefill = tuple(
         (row, plan_prefill(row.slots, row.query_len, row.context_len, arena, window))
         for row in batch.prefill
@@ -146,17 +146,16 @@ def _attention(
     q_THD: torch.Tensor, arena: torch.Tensor, layer: int, plan: AttentionPlan, scale: float
 ) -> torch.Tensor:
     """Contiguous `[T, H, D]`."""
-    if plan.decode is not None and plan.decode[0].token_rows is None:
-        return decode_attention(q_THD, arena, layer, plan.decode[1], scale=scale)
+    if plan.decode and plan.decode[0][0].token_rows is None:
+        return decode_attention(q_THD, arena, layer, plan.decode[0][1], scale=scale)
     attended_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
     for row, prefill_plan in plan.prefill:
         tokens = slice(row.first_token, row.first_token + row.query_len)
         attended_THD[tokens] = prefill_attention(
             q_THD[tokens], arena, layer, prefill_plan, scale=scale
         )
-    if plan.decode is not None:
-        rows, decode_plan = plan.decode
-        assert rows.token_rows is not None, "a batch of decode rows alone returned above"
+    for rows, decode_plan in plan.decode:
+        assert rows.token_rows is not None, "a group of all tokens is the only one"
         q_SHD = q_THD.index_select(0, rows.token_rows)
         decoded_SHD = decode_attention(q_SHD, arena, layer, decode_plan, scale=scale)
         attended_THD.index_copy_(0, rows.token_rows, decoded_SHD)

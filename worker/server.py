@@ -27,7 +27,13 @@ from baton.kvtransfer.link_client import LinkClient
 from baton.kvtransfer.link_server import LinkServer
 from baton.kvtransfer.transport.base import ArenaDescriptor, MemoryRegion, Transport
 from baton.kvtransfer.transport.open import open_transport
-from baton.metadata.registry import RedisError, Registry, WorkerRecord, connect
+from baton.metadata.registry import (
+    HEARTBEAT_EVERY_S,
+    RedisError,
+    Registry,
+    WorkerRecord,
+    connect,
+)
 from baton.v1 import kv_pb2_grpc, worker_pb2_grpc
 from baton.worker.admission import Limits
 from baton.worker.control import ControlServicer
@@ -80,6 +86,7 @@ class WorkerServer:
         self._randomness = randomness or SystemRandomness()
         self._load = LoadReport()
         self._draining = False
+        self._stopping = asyncio.Event()
         self._failure: asyncio.Future[BatonError] = asyncio.get_running_loop().create_future()
 
     # --- life ---
@@ -92,6 +99,10 @@ class WorkerServer:
         registry = Registry(self._redis, self._config.cluster)
         self.identity = await self._settle_identity(registry)
         self.engine = await asyncio.to_thread(self._load_engine)
+        # A router may ask before the first step has reported.
+        self._load = LoadReport(
+            blocks_total=self.engine.num_blocks, blocks_free=self.engine.num_blocks
+        )
         self._transport = self._open_transport(self._config.transport, self.identity)
         arena = await asyncio.to_thread(self._register_arena)
         self.core = self._build_core(self._rank())
@@ -106,9 +117,11 @@ class WorkerServer:
         self._thread.start()
         self._heartbeat = Heartbeat(registry, self._record, self._superseded)
         self._registry = registry
-        self._tasks = [asyncio.create_task(self._heartbeat.run(), name="heartbeat")]
+        self._tasks = [
+            asyncio.create_task(self._heartbeat.run(), name="presence in Redis"),
+            asyncio.create_task(self._beat(), name="heartbeat"),
+        ]
         if self._role is Role.DECODE:
-            self._prewarm_stop = asyncio.Event()
             self._tasks.append(asyncio.create_task(self._prewarm_links(), name="prewarm"))
         log.info("%s %s serves %s on %s", self._role.value, self.identity, self.model, self.address)
 
@@ -132,8 +145,7 @@ class WorkerServer:
     async def stop(self) -> None:
         """Leave the cluster and tear everything down, readers before the arena they write to."""
         self._heartbeat.stop()
-        if self._role is Role.DECODE:
-            self._prewarm_stop.set()
+        self._stopping.set()
         self._control.close()
         await asyncio.gather(*self._tasks)
         await self._links.close()
@@ -259,7 +271,11 @@ class WorkerServer:
             self._links.send(owner, message)
         if effects.load is not None:
             self._load = effects.load
-            self._control.send_load(effects.load)
+
+    async def _beat(self) -> None:
+        """The heartbeat comes from the event loop, since a step may take longer than a second."""
+        async for _ in every(HEARTBEAT_EVERY_S, self._stopping):
+            self._control.send_load(self._load)
 
     def _engine_failed(self, error: BaseException) -> None:
         self._fail(InternalError(f"the engine thread failed: {type(error).__name__}"))
@@ -274,7 +290,7 @@ class WorkerServer:
     # --- links are warmed when a prefill worker joins ---
 
     async def _prewarm_links(self) -> None:
-        async for _ in every(1.0, self._prewarm_stop):
+        async for _ in every(1.0, self._stopping):
             try:
                 records = await self._registry.workers()
             except RedisError as error:

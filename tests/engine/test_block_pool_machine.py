@@ -109,16 +109,19 @@ class KvMachine(RuleBasedStateMachine):
         hit_slots = [by_hash[block] for block in hashes[:hits]]
         rest = -(-total // BLOCK) - hits
         assert self.kv.num_hits(sequence, limit) == hits
+        fits = rest <= self.naive_available(hit_slots)
         before = self.snapshot()
+        words = [self.generations.word(slot) for slot in range(NUM_SLOTS)]
         if self.kv.reserve(sequence, total, limit):
-            assert rest <= sum(before[1].count(slot) for slot in range(NUM_SLOTS)) + len(before[2])
+            assert fits
             assert sequence.slots[:hits] == hit_slots
             assert sequence.num_cached == sequence.num_computed == hits * BLOCK
             for slot in sequence.slots[hits:]:
+                assert self.generations.word(slot) > words[slot]
                 self.written.pop(slot, None)
             self.sequences.append(sequence)
         else:
-            assert rest > self.naive_available(hit_slots)
+            assert not fits
             assert self.snapshot() == before
             assert not sequence.slots
 

@@ -21,6 +21,7 @@ from transformers import (
 from baton.common.ids import BlockHash, Slot
 from baton.common.sampling import SamplingParams
 from baton.engine.arena import Arena
+from baton.engine.batch import build_batch
 from baton.engine.model import Model
 from baton.engine.model_config import load_model_config
 from baton.engine.runner import ModelRunner, arena_layout
@@ -184,7 +185,9 @@ def test_a_mixed_step_equals_each_row_alone(name: str, tmp_path: Path) -> None:
     first, second, third, fourth = make_sequences([40, 13, 29, 50], SIZES["vocab_size"])
     runner.forward([Chunk(first, 39), Chunk(third, 10), Chunk(second, 12)])
     # Decode, a chunk that is not last, decode, a whole prompt.
-    logits = runner.forward([Chunk(first, 1), Chunk(third, 18), Chunk(second, 1), Chunk(fourth, 50)])
+    logits = runner.forward(
+        [Chunk(first, 1), Chunk(third, 18), Chunk(second, 1), Chunk(fourth, 50)]
+    )
     assert third.num_pending == 1
     last = runner.forward([Chunk(third, 1)])
     with torch.no_grad():
@@ -193,6 +196,22 @@ def test_a_mixed_step_equals_each_row_alone(name: str, tmp_path: Path) -> None:
             for sequence in (first, second, fourth, third)
         ]
     assert (torch.cat((logits, last)) - torch.stack(expected)).abs().max() < TOLERANCE
+
+
+def test_short_and_long_rows_decode_in_one_step(tmp_path: Path) -> None:
+    reference = make_model("mistral-window")
+    reference.save_pretrained(tmp_path)
+    runner = make_runner(tmp_path)
+    sequences = make_sequences([9, 120, 41, 2, 70], SIZES["vocab_size"])
+    runner.forward([Chunk(sequence, len(sequence.tokens) - 1) for sequence in sequences])
+    chunks = [Chunk(sequence, 1) for sequence in sequences]
+    groups = build_batch(chunks, BLOCK_SIZE, Slot(NUM_SLOTS)).decode
+    # 15, 9, 6, 2 and 1 blocks: each group's shortest is at least half its longest.
+    assert [group.block_table.shape for group in groups] == [(2, 15), (1, 6), (2, 2)]
+    logits = runner.forward(chunks)
+    with torch.no_grad():
+        expected = [reference(torch.tensor([s.tokens])).logits[0, -1] for s in sequences]
+    assert (logits - torch.stack(expected)).abs().max() < TOLERANCE
 
 
 def test_a_chunk_that_is_not_last_gives_no_logits(tmp_path: Path) -> None:

@@ -66,11 +66,37 @@ class Cluster:
     def workers(self) -> list[WorkerServer]:
         return [*self.prefills, *self.decodes]
 
-    async def at_rest(self) -> None:
-        """Wait until no worker holds a request, and check that every slot is accounted for."""
-        async with asyncio.timeout(10):
-            while any(worker.core.num_requests for worker in self.workers):
-                await asyncio.wait([asyncio.create_task(asyncio.Event().wait())], timeout=0.01)
+    async def expect_rest(self) -> None:
+        """Every request ends, and then every slot is free or cached: no lease, no open read."""
+        await until(
+            lambda: not any(worker.core.num_requests for worker in self.workers),
+            "requests are left",
+        )
+        for worker in self.workers:
+            pool, prefix = worker.engine.pool, worker.engine.prefix
+            await until(
+                lambda pool=pool, prefix=prefix: (
+                    pool.num_free + prefix.num_evictable == worker.engine.num_blocks  # noqa: B023
+                ),
+                f"{worker.identity} has blocks that are neither free nor cached",
+            )
+
+    def bytes_read(self) -> int:
+        """KV bytes that all decode workers pulled, as their transports counted them."""
+        return sum(
+            peer.bytes_read for worker in self.decodes for peer in worker.core._peers.values()
+        )
+
+
+async def until(holds: Callable[[], bool], failure: str, deadline_s: float = 15.0) -> None:
+    """Wait until `holds()`; AssertionError with `failure` when it does not in time."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + deadline_s
+    while not holds():
+        assert loop.time() < deadline, failure
+        pause = asyncio.Event()
+        loop.call_later(0.01, pause.set)
+        await pause.wait()
 
 
 TransportFactory = Callable[[str, WorkerIdentity], Transport]
@@ -129,13 +155,12 @@ async def run_cluster(
 
 async def _ready(cluster: Cluster) -> None:
     """All workers attached, and the tokenizer read."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + READY_DEADLINE_S
-    while loop.time() < deadline:
-        states = [worker.state.value for worker in cluster.router.fleet.workers()]
-        if states == ["ready"] * len(cluster.workers) and cluster.router.catalog.is_ready():
-            return
-        pause = asyncio.Event()
-        loop.call_later(0.02, pause.set)
-        await pause.wait()
-    raise TimeoutError(f"the cluster is not ready: {states}")
+    fleet, catalog = cluster.router.fleet, cluster.router.catalog
+    await until(
+        lambda: (
+            [worker.state.value for worker in fleet.workers()] == ["ready"] * len(cluster.workers)
+            and catalog.is_ready()
+        ),
+        "the cluster is not ready",
+        READY_DEADLINE_S,
+    )

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from baton.common.clock import ManualClock
-from baton.router.served_model import ServedModel, load_served_model
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -16,6 +14,9 @@ from tokenizers import (
     processors,
     trainers,
 )
+
+from baton.common.clock import ManualClock
+from baton.router.served_model import ServedModel, load_served_model
 
 SPECIAL_TOKENS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CORPUS = [

@@ -1,0 +1,109 @@
+"""What a router answers, as plain data: no protobuf type leaves this package."""
+
+from dataclasses import dataclass
+
+from baton.common.sampling import FinishReason, Mode
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a chat; `role` is what the model's template knows: system, user, assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finish:
+    """How an answer ended and what it took; bytes, tokens and seconds."""
+
+    reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    # Prompt tokens that the prefill worker did not compute again.
+    cached_tokens: int
+    request_id: str
+    mode: Mode
+    prefill_worker: str
+    decode_worker: str
+    kv_bytes: int
+    kv_blocks: int
+    # Empty when nothing crossed.
+    transport: str
+    ttft_s: float
+    # Mean seconds per output token after the first; 0 with fewer than two tokens.
+    tpot_s: float
+    prefill_computed_tokens: int
+    decode_forwarded_tokens: int
+    decode_cached_tokens: int
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of an answer; `finish` comes with the last one alone.
+
+    `text` may be empty while a character is incomplete.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish: Finish | None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish: Finish
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    name: str
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """One worker as its router sees it; `id` and `epoch` name one life of it.
+
+    `state` is connecting, ready, suspect, draining or gone.
+    """
+
+    id: str
+    epoch: int
+    incarnation: str
+    role: str
+    state: str
+    address: str
+    link_address: str
+    pid: int
+    model: str
+    # Requests that this router has there.
+    requests: int
+    blocks_total: int
+    blocks_free: int
+    blocks_cached: int
+    blocks_leased: int
+    blocks_quarantined: int
+    requests_running: int
+    requests_waiting: int
+    tokens_pending: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """Who pins which bytes for whom; `transfer_id` in hexadecimal."""
+
+    transfer_id: str
+    attempt: int
+    owner: str
+    reader: str
+    blocks: int
+    bytes: int
+    age_s: float
+    expires_in_s: float
+    state: str
