@@ -107,7 +107,9 @@ class BatonClient:
         **sampling: Unpack[SamplingFields],
     ) -> Completion:
         """The whole answer."""
-        text, token_ids, finish = [], [], None
+        text: list[str] = []
+        token_ids: list[int] = []
+        finish = None
         async for chunk in self.generate(
             prompt,
             model=model,
@@ -144,7 +146,7 @@ class BatonClient:
     async def detokenize(self, token_ids: Sequence[int], *, model: str = "") -> str:
         request = inference_pb2.DetokenizeRequest(model=model, token_ids=_ids(token_ids))
         try:
-            reply = await self._stub.Detokenize(request)
+            reply: inference_pb2.DetokenizeResponse = await self._stub.Detokenize(request)
         except grpc.aio.AioRpcError as error:
             raise baton_error(error, self.address) from error
         return reply.text

@@ -72,8 +72,7 @@ def _by_code(code: grpc.StatusCode, said: str, address: str) -> BatonError:
 
 def _rich_status(error: grpc.aio.AioRpcError) -> status_pb2.Status | None:
     try:
-        # It reads code, details and trailing metadata, which AioRpcError has under these names.
-        return rpc_status.from_call(error)  # type: ignore[arg-type]
+        return rpc_status.from_call(error)
     except ValueError:
         # A server whose details contradict its code is not one of ours: the code decides.
         return None

@@ -241,6 +241,7 @@ def load_to_pb(load: LoadReport) -> worker_pb.LoadReport:
         requests_running=load.requests_running,
         requests_waiting=load.requests_waiting,
         tokens_pending=load.tokens_pending,
+        preemptions=load.preemptions,
         draining=load.draining,
         leases=[lease_row_to_pb(row) for row in load.leases],
     )
@@ -256,6 +257,7 @@ def load_from_pb(wire: worker_pb.LoadReport) -> LoadReport:
         requests_running=wire.requests_running,
         requests_waiting=wire.requests_waiting,
         tokens_pending=wire.tokens_pending,
+        preemptions=wire.preemptions,
         draining=wire.draining,
         leases=tuple(lease_row_from_pb(row) for row in wire.leases),
     )

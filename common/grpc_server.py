@@ -5,7 +5,8 @@ servicer and turns a BatonError into its status and anything else into INTERNAL 
 """
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -27,9 +28,7 @@ class CatchAll(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[
-            [grpc.HandlerCallDetails], Awaitable[Any]
-        ],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         handler = await continuation(handler_call_details)
@@ -108,15 +107,17 @@ def _guard_unary(
 
 
 def _guard_stream(
-    behaviour: Callable[..., AsyncIterator[Any]], method: str
+    behaviour: Callable[..., AsyncGenerator[Any, None]], method: str
 ) -> Callable[..., AsyncIterator[Any]]:
     async def guarded(
         request: Any, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[Any]:
         await _refuse_undecodable(request, context)
         try:
-            async for response in behaviour(request, context):
-                yield response
+            # A cancelled call closes the servicer's generator at once, not when it is collected.
+            async with aclosing(behaviour(request, context)) as responses:
+                async for response in responses:
+                    yield response
         except grpc.aio.AbortError:
             raise
         except Exception as error:

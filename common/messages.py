@@ -87,6 +87,7 @@ class LoadReport:
     requests_running: int = 0
     requests_waiting: int = 0
     tokens_pending: int = 0
+    preemptions: int = 0
     draining: bool = False
     leases: tuple[LeaseRow, ...] = ()
 

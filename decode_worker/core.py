@@ -2,8 +2,8 @@
 
 1. CLAIMING: accepted; the lease is claimed from the prefill worker and renewed from now on.
 2. QUEUED: the lease is open; the request still holds nothing here.
-3. PULLING: at the head of the queue its own cache hits are pinned and the rest is reserved in one
-   step; announced blocks are pulled while the owner computes the next.
+3. PULLING: at the head of the queue its own cache hits are pinned and the rest of the prompt is
+   reserved in one step; announced blocks are pulled while the owner computes the next.
 4. RUNNING: the first token is known, every block has passed its fence, the lease is released; the
    sequence joined the running batch and the loss of the prefill worker is nothing to it.
 
@@ -11,8 +11,6 @@ Whoever holds space here already holds all it needs of the owner, so nothing wai
 """
 
 import logging
-from dataclasses import dataclass
-from enum import Enum
 
 from baton.common.clock import Clock
 from baton.common.errors import (
@@ -38,12 +36,13 @@ from baton.common.messages import (
     OutputRecord,
     Submit,
 )
+from baton.decode_worker.decoding import Decoding
 from baton.decode_worker.pull import Pull
+from baton.decode_worker.request import DecodeRequest, DecodeState
 from baton.decode_worker.scheduler import DecodeScheduler
 from baton.engine.conservation import check_conservation
 from baton.engine.engine import Engine
 from baton.engine.finish import finish_reason
-from baton.engine.sequence import Chunk, Sequence
 from baton.kvtransfer.endings import Endings
 from baton.kvtransfer.events import FromOwner, PeerConnected, PeerDisconnected
 from baton.kvtransfer.ledger import RENEW_EVERY_S
@@ -61,28 +60,6 @@ IDLE_WAIT_S = 0.1
 POLL_WAIT_S = 0.0002
 
 
-class _State(Enum):
-    CLAIMING = "claiming"
-    QUEUED = "queued"
-    PULLING = "pulling"
-    RUNNING = "running"
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Request:
-    key: RequestKey
-    router_id: RouterId
-    sequence: Sequence
-    owner: WorkerIdentity
-    accepted_at: float
-    deadline: float
-    renew_at: float
-    state: _State = _State.CLAIMING
-    # The newest word of the owner; handles are merged in from the status that carried them.
-    status: LeaseStatus | None = None
-    pull: Pull | None = None
-
-
 class DecodeCore:
     """Implements `WorkerCore` for the decode role."""
 
@@ -93,6 +70,7 @@ class DecodeCore:
         limits: Limits,
         *,
         transport_name: str,
+        max_num_batched_tokens: int,
         clock: Clock,
     ) -> None:
         self._engine = engine
@@ -103,7 +81,10 @@ class DecodeCore:
         self._peers: dict[WorkerIdentity, PeerReader] = {}
         self._reads = OpenReads(engine.kv)
         self._endings = Endings()
-        self._requests: dict[RequestKey, _Request] = {}
+        self._requests: dict[RequestKey, DecodeRequest] = {}
+        self._decoding = Decoding(
+            engine, scheduler, self._requests, max_num_batched_tokens=max_num_batched_tokens
+        )
         self._effects = Effects()
         self._draining = False
         self._next_load = 0.0
@@ -141,9 +122,8 @@ class DecodeCore:
         self._sweep(now)
         self._admit(now)
         self._advance_pulls(now)
-        plan = self._scheduler.plan()
-        if plan:
-            self._decode(plan)
+        for request, token in self._decoding.step():
+            self._sampled(request, token)
         if now >= self._next_load:
             self._next_load = now + LOAD_EVERY_S
             self._effects.load = self._load()
@@ -182,7 +162,8 @@ class DecodeCore:
         error = refusal(
             submit,
             self._limits,
-            kv_tokens=_kv_tokens(submit.prompt_tokens, submit.sampling.max_tokens),
+            # The last output token is never fed.
+            kv_tokens=len(submit.prompt_tokens) + submit.sampling.max_tokens - 1,
             num_requests=len(self._requests),
             has_ended=self._endings.has_ended(submit.key),
             is_draining=self._draining,
@@ -195,7 +176,7 @@ class DecodeCore:
             return
         assert isinstance(submit.job, DecodeJob), "other jobs were refused"
         owner = submit.job.owner
-        self._requests[submit.key] = _Request(
+        self._requests[submit.key] = DecodeRequest(
             key=submit.key,
             router_id=router_id,
             sequence=self._engine.new_sequence(
@@ -229,7 +210,7 @@ class DecodeCore:
             if self._endings.has_ended(status.key):
                 self._effects.messages.append((owner, LeaseRelease(status.key)))
             return
-        if request is None or request.owner != owner or request.state is _State.RUNNING:
+        if request is None or request.owner != owner or request.has_joined:
             return
         if status.state is LeaseState.ENDED:
             cause = status.error.message if status.error is not None else "no cause given"
@@ -239,10 +220,10 @@ class DecodeCore:
             if status.finished:
                 # The request ended with its first token, which the owner reported itself.
                 self._end(request, None)
-            elif request.state is _State.CLAIMING and request.status.slots:
+            elif request.state is DecodeState.CLAIMING and request.status.slots:
                 self._check_handles(request, request.status)
 
-    def _check_handles(self, request: _Request, status: LeaseStatus) -> None:
+    def _check_handles(self, request: DecodeRequest, status: LeaseStatus) -> None:
         expected = self._limits.num_blocks_for(request.sequence.prompt_len)
         if len(status.slots) != expected:
             self._end(
@@ -252,12 +233,12 @@ class DecodeCore:
                 ),
             )
             return
-        request.state = _State.QUEUED
+        request.state = DecodeState.QUEUED
         self._scheduler.add(request.key, accepted_at=request.accepted_at)
 
     def _peer_lost(self, owner: WorkerIdentity, error: BatonError) -> None:
         for request in list(self._requests.values()):
-            if request.owner == owner and request.state is not _State.RUNNING:
+            if request.owner == owner and not request.has_joined:
                 self._end(request, error)
         peer = self._peers.pop(owner, None)
         if peer is not None:
@@ -271,7 +252,7 @@ class DecodeCore:
         for request in list(self._requests.values()):
             if now >= request.deadline:
                 self._end(request, DeadlineExceeded("the deadline passed during decode"))
-            elif request.state is not _State.RUNNING and now >= request.renew_at:
+            elif not request.has_joined and now >= request.renew_at:
                 request.renew_at = now + RENEW_EVERY_S
                 renewals.setdefault(request.owner, []).append(request.key)
         for owner, keys in renewals.items():
@@ -283,14 +264,23 @@ class DecodeCore:
         while (key := self._scheduler.head()) is not None:
             request = self._requests[key]
             sequence = request.sequence
-            kv_tokens = _kv_tokens(sequence.tokens, sequence.sampling.max_tokens)
-            if not self._engine.kv.reserve(sequence, kv_tokens, sequence.prompt_len):
+            is_new = request.state is DecodeState.QUEUED
+            num_tokens = len(sequence.tokens)
+            # A pulled prompt needs no forward; one that is computed again ends in a token to feed.
+            limit = num_tokens if is_new else num_tokens - 1
+            if not self._decoding.has_room(request, num_tokens=num_tokens, limit_tokens=limit):
                 return
-            self._scheduler.admit(key)
-            request.state = _State.PULLING
-            request.pull = self._start_pull(request, now)
+            reserved = self._engine.kv.reserve(sequence, num_tokens, limit)
+            assert reserved, "what has room can be reserved"
+            if is_new:
+                self._scheduler.admit(key)
+                request.state = DecodeState.PULLING
+                request.pull = self._start_pull(request, now)
+            else:
+                self._scheduler.resume(key)
+                request.state = DecodeState.RUNNING
 
-    def _start_pull(self, request: _Request, now: float) -> Pull:
+    def _start_pull(self, request: DecodeRequest, now: float) -> Pull:
         status = request.status
         assert status is not None, "a queued request knows its handles"
         handles = [
@@ -320,18 +310,18 @@ class DecodeCore:
             elif pull.is_complete and status.first_token is not None:
                 self._join(request, pull, status.first_token, now)
 
-    def _readable_blocks(self, request: _Request, status: LeaseStatus) -> int:
+    def _readable_blocks(self, request: DecodeRequest, status: LeaseStatus) -> int:
         if status.readable_tokens >= request.sequence.prompt_len:
             return len(status.slots)
         return status.readable_tokens // self._engine.block_size
 
-    def _join(self, request: _Request, pull: Pull, first_token: int, now: float) -> None:
+    def _join(self, request: DecodeRequest, pull: Pull, first_token: int, now: float) -> None:
         """All bytes are those of the handles: the lease ends and the sequence runs."""
         sequence = request.sequence
         sequence.num_computed = sequence.prompt_len
         self._engine.kv.publish(sequence, sequence.prompt_len)
         sequence.tokens.append(first_token)
-        request.state = _State.RUNNING
+        request.state = DecodeState.RUNNING
         request.pull = request.status = None
         self._scheduler.join(request.key)
         self._effects.messages.append((request.owner, LeaseRelease(request.key)))
@@ -345,38 +335,36 @@ class DecodeCore:
         record = OutputRecord(key=request.key, tokens=(first_token,), handover=report)
         self._effects.record(request.router_id, record)
 
-    def _decode(self, plan: list[RequestKey]) -> None:
-        requests = {self._requests[key].sequence: self._requests[key] for key in plan}
-        sampled = self._engine.step([Chunk(sequence, 1) for sequence in requests])
-        eos = self._engine.model_config.eos_token_ids
-        for sequence, token in sampled:
-            request = requests[sequence]
-            finish = finish_reason(sequence, eos, self._limits.max_model_len)
-            record = OutputRecord(
-                key=request.key,
-                position=sequence.num_output - 1,
-                tokens=(token,),
-                finish=finish,
-                forwarded_tokens=sequence.num_forwarded if finish is not None else 0,
-            )
-            self._effects.record(request.router_id, record)
-            if finish is not None:
-                self._end(request, None)
+    def _sampled(self, request: DecodeRequest, token: int) -> None:
+        sequence = request.sequence
+        finish = finish_reason(
+            sequence, self._engine.model_config.eos_token_ids, self._limits.max_model_len
+        )
+        record = OutputRecord(
+            key=request.key,
+            position=sequence.num_output - 1,
+            tokens=(token,),
+            finish=finish,
+            forwarded_tokens=sequence.num_forwarded if finish is not None else 0,
+        )
+        self._effects.record(request.router_id, record)
+        if finish is not None:
+            self._end(request, None)
 
     # --- ends ---
 
-    def _end(self, request: _Request, error: BatonError | None) -> None:
+    def _end(self, request: DecodeRequest, error: BatonError | None) -> None:
         """The request is over here: its blocks go, what is in flight stays in quarantine."""
         del self._requests[request.key]
         self._scheduler.remove(request.key)
         if request.pull is not None:
             request.pull.abandon("the request ended")
         sequence = request.sequence
-        if request.state is _State.RUNNING:
+        if request.state is DecodeState.RUNNING:
             self._engine.kv.publish(sequence, sequence.num_computed)
         self._engine.kv.release(sequence)
         self._endings.remember(request.key, now=self._clock.monotonic())
-        if request.state is not _State.RUNNING:
+        if not request.has_joined:
             self._effects.messages.append((request.owner, LeaseRelease(request.key)))
         if error is not None and not isinstance(error, Cancelled):
             self._effects.record(request.router_id, OutputRecord(key=request.key, error=error))
@@ -389,10 +377,6 @@ class DecodeCore:
             blocks_quarantined=sum(len(slots) for slots in self._reads.quarantined),
             requests_running=self._scheduler.num_running,
             requests_waiting=len(self._requests) - self._scheduler.num_running,
+            preemptions=self._decoding.num_preemptions,
             draining=self._draining,
         )
-
-
-def _kv_tokens(prompt: list[int], max_tokens: int) -> int:
-    """Tokens whose KV a request needs here; the last output token is never fed."""
-    return len(prompt) + max_tokens - 1

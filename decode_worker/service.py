@@ -18,6 +18,7 @@ def build_core(rank: Rank) -> DecodeCore:
         scheduler,
         rank.limits,
         transport_name=rank.transport_name,
+        max_num_batched_tokens=rank.config.max_num_batched_tokens,
         clock=rank.clock,
     )
 

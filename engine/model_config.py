@@ -66,11 +66,16 @@ class ModelConfig:
         return float(self.head_dim**-0.5)
 
     def fingerprint_fields(self, block_size: int, weights_id: str) -> dict[str, str]:
-        """Everything that decides the bytes of a block, for `baton.common.fingerprint`."""
+        """Everything that decides the bytes of a block, for `baton.common.fingerprint`.
+
+        The vocabulary is among it because dummy weights are drawn in order, embedding first.
+        """
         geometry = (
             self.hidden_size,
             self.num_heads,
             self.intermediate_size,
+            self.vocab_size,
+            self.tie_word_embeddings,
             self.rms_norm_eps,
             self.qkv_bias,
             self.o_bias,

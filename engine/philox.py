@@ -25,7 +25,7 @@ Floats = NDArray[np.float32]
 
 ROUNDS = 10
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+_WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF_WORD = np.uint64(32)
 
@@ -51,19 +51,19 @@ _LN2_LOW = np.float32(-2.12194440e-4)
 _SQRT_HALF_BITS = np.int32(0x3F3504F3)
 
 
-def philox4x32(counter: Sequence[Words], key: tuple[int, int]) -> list[Words]:
-    """The four output words for each counter, whose four words broadcast against each other."""
+def philox4x32(counter: Sequence[Words], key: Sequence[Words]) -> list[Words]:
+    """The four output words for each counter; its four words and the key's two broadcast."""
     c0, c1, c2, c3 = (word.astype(np.uint64) for word in np.broadcast_arrays(*counter))
-    k0, k1 = key
+    k0, k1 = (word.astype(np.uint64) for word in key)
     for _ in range(ROUNDS):
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (
-            (product1 >> _HALF_WORD) ^ c1 ^ np.uint64(k0),
+            (product1 >> _HALF_WORD) ^ c1 ^ k0,
             product1 & _LOW,
-            (product0 >> _HALF_WORD) ^ c3 ^ np.uint64(k1),
+            (product0 >> _HALF_WORD) ^ c3 ^ k1,
             product0 & _LOW,
         )
-        k0, k1 = (k0 + _WEYL[0]) & 0xFFFFFFFF, (k1 + _WEYL[1]) & 0xFFFFFFFF
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
     return [word.astype(np.uint32) for word in (c0, c1, c2, c3)]
 
 
@@ -86,13 +86,22 @@ def gumbel(seed: int, position: int, vocab: int, *, choice: int = 0) -> Floats:
     A function of (seed, choice, position, token id) alone, so a retried request continues the same
     random sequence on any worker.
     """
-    return gumbel_at(seed, position, np.arange(vocab, dtype=np.uint32), choice=choice)
-
-
-def gumbel_at(seed: int, position: int, token_ids: Words, *, choice: int = 0) -> Floats:
-    """The entries of `gumbel` at `token_ids`, without computing the others."""
     assert 0 <= seed < 1 << 64, "a seed is 64 bits"
-    rest = (np.array([word], dtype=np.uint32) for word in (position, choice, 0))
-    word = philox4x32([token_ids, *rest], (seed & 0xFFFFFFFF, seed >> 32))[0]
+    token_ids = np.arange(vocab, dtype=np.uint32)
+    return gumbel_at(
+        np.array([seed], dtype=np.uint64),
+        np.array([position], dtype=np.uint32),
+        token_ids,
+        choice=choice,
+    )
+
+
+def gumbel_at(
+    seeds: NDArray[np.uint64], positions: Words, token_ids: Words, *, choice: int = 0
+) -> Floats:
+    """Single entries of `gumbel`, without computing the others; the arguments broadcast."""
+    rest = (np.array([word], dtype=np.uint32) for word in (choice, 0))
+    key = ((seeds & _LOW).astype(np.uint32), (seeds >> _HALF_WORD).astype(np.uint32))
+    word = philox4x32([token_ids, positions, *rest], key)[0]
     uniform = ((word >> np.uint32(9)).astype(np.float32) + np.float32(0.5)) * np.float32(2**-23)
     return -log_fp32(-log_fp32(uniform))

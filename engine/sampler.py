@@ -22,6 +22,7 @@ from collections.abc import Collection
 import numpy as np
 import torch
 
+from baton.common.sampling import SamplingParams
 from baton.engine.philox import gumbel_at
 from baton.engine.sequence import Sequence
 
@@ -42,9 +43,19 @@ class Sampler:
             return []
         plain = [self._is_plain_greedy(sequence) for sequence in sequences]
         tokens: list[int] = logits.argmax(dim=-1).tolist() if any(plain) else [0] * len(sequences)
+        drawn: dict[int, torch.Tensor] = {}
         for row, sequence in enumerate(sequences):
-            if not plain[row]:
-                tokens[row] = self._sample_row(logits[row], sequence)
+            if plain[row]:
+                continue
+            scores = self._adjusted(logits[row], sequence)
+            if sequence.sampling.is_greedy:
+                tokens[row] = int(scores.argmax())
+            else:
+                drawn[row] = _filtered(scores, sequence.sampling)
+        if drawn:
+            found = _draw(list(drawn.values()), [sequences[row] for row in drawn])
+            for row, token in zip(drawn, found, strict=True):
+                tokens[row] = token
         return tokens
 
     def _is_plain_greedy(self, sequence: Sequence) -> bool:
@@ -55,21 +66,6 @@ class Sampler:
             and not sampling.logit_bias
             and sequence.num_output >= sampling.min_tokens
         )
-
-    def _sample_row(self, row: torch.Tensor, sequence: Sequence) -> int:
-        sampling = sequence.sampling
-        scores = self._adjusted(row, sequence)
-        if sampling.is_greedy:
-            return int(scores.argmax())
-        # Relative to the best, so that a tiny temperature cannot overflow.
-        scores = (scores - scores.max()) / sampling.temperature
-        if sampling.top_k > 0:
-            scores = keep_top_k(scores, sampling.top_k)
-        if sampling.top_p < 1.0:
-            scores = keep_top_p(scores, sampling.top_p)
-        if sampling.min_p > 0.0:
-            scores = keep_min_p(scores, sampling.min_p)
-        return _draw(scores, sampling.seed, sequence.num_output)
 
     def _adjusted(self, row: torch.Tensor, sequence: Sequence) -> torch.Tensor:
         """A copy of the row after bias, penalties and min_tokens."""
@@ -86,6 +82,19 @@ class Sampler:
             stops = {*self._eos_token_ids, *sampling.stop_token_ids}
             scores[[token for token in stops if 0 <= token < scores.shape[0]]] = NEVER
         return scores
+
+
+def _filtered(scores: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
+    """`scores` [vocab] after temperature and filters; what was filtered out is impossible."""
+    # Relative to the best, so that a tiny temperature cannot overflow.
+    scores = (scores - scores.max()) / sampling.temperature
+    if sampling.top_k > 0:
+        scores = keep_top_k(scores, sampling.top_k)
+    if sampling.top_p < 1.0:
+        scores = keep_top_p(scores, sampling.top_p)
+    if sampling.min_p > 0.0:
+        scores = keep_min_p(scores, sampling.min_p)
+    return scores
 
 
 def keep_top_k(scores: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -128,10 +137,13 @@ def _penalize_output(
     scores[seen] -= presence + frequency * times
 
 
-def _draw(scores: torch.Tensor, seed: int, position: int) -> int:
-    """Gumbel-max over the tokens that are still possible; noise is computed for those alone."""
-    values = scores.cpu().numpy()
-    candidates = np.flatnonzero(values > NEVER)
-    assert candidates.size > 0, "no token is possible: the logits are not numbers"
-    noise = gumbel_at(seed, position, candidates.astype(np.uint32))
-    return int(candidates[np.argmax(values[candidates] + noise)])
+def _draw(scores: list[torch.Tensor], sequences: list[Sequence]) -> list[int]:
+    """Gumbel-max of each row; noise is computed for tokens that are still possible alone."""
+    values = torch.stack(scores).cpu().numpy()
+    rows, token_ids = np.nonzero(values > NEVER)
+    assert np.unique(rows).size == len(sequences), "no token is possible: logits are not numbers"
+    seeds = np.array([sequence.sampling.seed for sequence in sequences], dtype=np.uint64)
+    positions = np.array([sequence.num_output for sequence in sequences], dtype=np.uint32)
+    values[rows, token_ids] += gumbel_at(seeds[rows], positions[rows], token_ids.astype(np.uint32))
+    found: list[int] = values.argmax(axis=-1).tolist()
+    return found

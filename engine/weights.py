@@ -21,8 +21,9 @@ DUMMY_STD: Final = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
-    """Matrices are `[in, out]`: measured on a CPU with 16 rows, x @ W takes a quarter less time
-    than x @ W.T of the file's layout. D head_dim, H query heads, K KV heads, F intermediate size.
+    """Matrices are `[in, out]`, the transpose of the file's: on a CPU few rows multiply faster so.
+
+    D head_dim, H query heads, K KV heads, F intermediate size.
     """
 
     input_norm: torch.Tensor

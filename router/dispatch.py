@@ -74,7 +74,7 @@ class Dispatch:
 
     # --- clients ---
 
-    def submit(self, spec: GenerationSpec, candidates: list[Candidate]) -> RequestKey:
+    def submit(self, spec: GenerationSpec, candidates: list[Candidate]) -> JournalEntry:
         """Accept a request. Raises NoWorker, QueueFull or ExceedsKvCapacity; then nothing stays."""
         if len(self._journal) >= self._max_requests:
             raise QueueFull(
@@ -100,20 +100,22 @@ class Dispatch:
             job = DecodeJob(choice.prefill, self._link_address(choice.prefill))
             self._send(entry, choice.decode, job, now)
         entry.move(RequestState.PREFILLING, now)
-        return entry.key
+        return entry
 
-    def cancel(self, key: RequestKey) -> None:
+    def cancel(self, entry: JournalEntry) -> None:
         """The client went away; no event follows. Ended requests are no error."""
-        entry = self._journal.get(key)
-        if entry is not None:
+        if not entry.has_ended:
             self._end(entry, RequestState.CANCELLED, told=())
 
-    def finish_early(self, key: RequestKey) -> TokenEvent:
-        """End the request because a stop string was found; returns its last event."""
-        entry = self._journal[key]
-        if entry.handover_report is not None:
-            entry.forwarded_tokens = entry.num_emitted - 1
-        self._end(entry, RequestState.FINISHED, told=())
+    def finish_early(self, entry: JournalEntry) -> TokenEvent:
+        """End the request because a stop string was found; returns its last event.
+
+        The answer is complete, so whatever the workers reported since does not matter.
+        """
+        if not entry.has_ended:
+            if entry.handover_report is not None:
+                entry.forwarded_tokens = entry.num_emitted - 1
+            self._end(entry, RequestState.FINISHED, told=())
         return entry.last_event([], FinishReason.STOP)
 
     # --- workers ---

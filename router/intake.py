@@ -96,6 +96,7 @@ class Intake:
             vocab_size=model.vocab_size,
             defaults=model.defaults,
             randomness=self._randomness,
+            kv_tokens=model.kv_tokens,
         )
         spec = GenerationSpec(
             request_id=request_id,

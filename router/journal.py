@@ -98,11 +98,15 @@ class JournalEntry:
         )
 
     def report(self) -> Report:
-        """`mode` is disagg only if KV crossed into the worker that decoded."""
+        """`mode` is disagg only if the worker that decoded got the prompt's KV and computed none.
+
+        A sequence that was preempted and computed again on the decode worker counts as local.
+        """
         handover = self.handover_report
+        was_recomputed = self.forwarded_tokens > max(0, self.num_emitted - 1)
         return Report(
             request_id=self.spec.request_id,
-            mode=Mode.LOCAL if handover is None else Mode.DISAGG,
+            mode=Mode.LOCAL if handover is None or was_recomputed else Mode.DISAGG,
             prefill_worker=str(self.prefill),
             decode_worker="" if self.decode is None or handover is None else str(self.decode),
             kv_bytes=handover.pulled_bytes if handover else 0,

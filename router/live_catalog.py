@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from baton.common.clock import Clock
@@ -77,9 +78,14 @@ class LiveCatalog:
     def _by_name(self) -> dict[str, ServedModel]:
         found: dict[str, ServedModel] = {}
         for worker in self._workers():
-            if worker.hello is not None and _key(worker.hello.model) in self._loaded:
-                model = self._loaded[_key(worker.hello.model)]
-                found[model.name] = model
+            if worker.hello is None or _key(worker.hello.model) not in self._loaded:
+                continue
+            model = self._loaded[_key(worker.hello.model)]
+            known = found.get(model.name, model)
+            if worker.record.role is Role.DECODE:
+                here = worker.load.blocks_total * worker.hello.model.block_size
+                known = replace(known, kv_tokens=max(here, known.kv_tokens or 0))
+            found[model.name] = known
         return found
 
 

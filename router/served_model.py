@@ -19,6 +19,9 @@ class ServedModel:
     tokenizer: ModelTokenizer
     template: ChatTemplate | None
     defaults: GenerationDefaults
+    # KV tokens that the largest decode worker holds; bounds the answer of a request without
+    # max_tokens. None: not known.
+    kv_tokens: int | None = None
 
 
 def load_served_model(

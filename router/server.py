@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 SWEEP_EVERY_S = 0.25
 DRAIN_DEADLINE_S = 30.0
 STOP_GRACE_S = 1.0
+HTTP_BACKLOG = 2048
 
 
 class RouterServer:
@@ -150,6 +151,8 @@ class RouterServer:
                 f"cannot listen on {self._config.host}:{self._config.http_port}: "
                 "the port is taken or the address is not ours"
             ) from error
+        # From here on a client that connects waits for the server instead of being refused.
+        socket.listen(HTTP_BACKLOG)
         self.http_port = socket.getsockname()[1]
         self._serving_http = asyncio.create_task(self._http.serve([socket]), name="http")
 

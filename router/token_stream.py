@@ -8,6 +8,7 @@ from baton.common.errors import BatonError
 from baton.common.ids import RequestKey
 from baton.router.dispatch import Dispatch
 from baton.router.generation import GenerationSpec, TokenEvent
+from baton.router.journal import JournalEntry
 from baton.router.placement import Candidate
 
 
@@ -23,9 +24,9 @@ class _Unread:
 class DispatchStream:
     """Implements `Stream` over the dispatcher."""
 
-    def __init__(self, source: "DispatchSource", key: RequestKey, unread: _Unread) -> None:
+    def __init__(self, source: "DispatchSource", entry: JournalEntry, unread: _Unread) -> None:
         self._source = source
-        self._key = key
+        self._entry = entry
         self._unread = unread
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
@@ -44,10 +45,10 @@ class DispatchStream:
                 raise unread.end
 
     async def finish_early(self) -> TokenEvent:
-        return self._source.finish_early(self._key, self._unread)
+        return self._source.finish_early(self._entry)
 
     async def aclose(self) -> None:
-        self._source.cancel(self._key)
+        self._source.cancel(self._entry)
 
 
 class DispatchSource:
@@ -65,26 +66,21 @@ class DispatchSource:
         self._unread: dict[RequestKey, _Unread] = {}
 
     def submit(self, spec: GenerationSpec) -> DispatchStream:
-        key = self._dispatch.submit(spec, self._candidates(spec.model))
-        unread = self._unread[key] = _Unread()
+        entry = self._dispatch.submit(spec, self._candidates(spec.model))
+        unread = self._unread[entry.key] = _Unread()
         self._flush()
-        return DispatchStream(self, key, unread)
+        return DispatchStream(self, entry, unread)
 
-    def finish_early(self, key: RequestKey, unread: _Unread) -> TokenEvent:
-        if isinstance(unread.end, TokenEvent):
-            # The workers ended it in the meantime; what the client has not read is not counted.
-            return TokenEvent([], unread.end.finish, unread.end.usage, unread.end.report)
-        if unread.end is not None:
-            raise unread.end
-        self._unread.pop(key, None)
-        event = self._dispatch.finish_early(key)
+    def finish_early(self, entry: JournalEntry) -> TokenEvent:
+        self._unread.pop(entry.key, None)
+        event = self._dispatch.finish_early(entry)
         self._flush()
         return event
 
-    def cancel(self, key: RequestKey) -> None:
-        if self._unread.pop(key, None) is not None:
-            self._dispatch.cancel(key)
-            self._flush()
+    def cancel(self, entry: JournalEntry) -> None:
+        self._unread.pop(entry.key, None)
+        self._dispatch.cancel(entry)
+        self._flush()
 
     def deliver(self, key: RequestKey, event: TokenEvent | BatonError) -> None:
         """Put an event of the dispatcher before the request's reader."""

@@ -87,9 +87,17 @@ def validate_sampling(
     vocab_size: int,
     defaults: GenerationDefaults,
     randomness: Randomness,
+    kv_tokens: int | None = None,
 ) -> SamplingParams:
-    """Complete and check `request` for a validated prompt; a missing seed is drawn."""
+    """Complete and check `request` for a validated prompt; a missing seed is drawn.
+
+    A missing max_tokens takes the model's default, or the room left in the context and in
+    `kv_tokens` of KV.
+    """
     max_tokens = _max_tokens(request.max_tokens, prompt_len, max_model_len, defaults)
+    if request.max_tokens is None and kv_tokens is not None:
+        # The last output token is never fed and needs no KV.
+        max_tokens = max(1, min(max_tokens, kv_tokens - prompt_len + 1))
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=_temperature(_first(request.temperature, defaults.temperature, 1.0)),

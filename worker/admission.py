@@ -47,6 +47,13 @@ def refusal(
             f"token id {max(prompt)} is outside the vocabulary of {limits.vocab_size}",
             field="prompt",
         )
+    if any(token >= limits.vocab_size for token, _ in submit.sampling.logit_bias):
+        return InvalidRequest(
+            f"logit_bias names a token outside the vocabulary of {limits.vocab_size}",
+            field="logit_bias",
+        )
+    if submit.sampling.max_tokens < 1:
+        return InvalidRequest("max_tokens must be at least 1", field="max_tokens")
     if len(prompt) + submit.sampling.max_tokens > limits.max_model_len:
         return ContextLengthExceeded(
             f"{len(prompt)} prompt tokens and {submit.sampling.max_tokens} output tokens exceed "

@@ -140,6 +140,24 @@ async def test_small_arenas_hold_requests_back_but_lose_none(
         await cluster.expect_rest()
 
 
+async def test_preempted_sequences_are_computed_again_and_lose_no_token(
+    tiny_llama: Path, redis_url: str, oracle: Oracle
+) -> None:
+    asked = prompts(8, longest=90, seed=5)
+    expected = oracle.greedy(asked, 150)
+    flags = {"num_blocks": 14, "max_num_batched_tokens": 40}
+    async with run_cluster(tiny_llama, redis_url, **flags) as cluster:
+        answers = await asyncio.gather(*(cluster.generate(p, max_tokens=150) for p in asked))
+        assert [answer.tokens for answer in answers] == expected
+        await cluster.expect_rest()
+        assert cluster.decodes[0].core._decoding.num_preemptions > 0
+    for answer in answers:
+        recomputed = answer.report.decode_forwarded_tokens > 149
+        # A prompt that was computed twice is never passed off as handed over.
+        assert answer.report.mode.value == ("local" if recomputed else "disagg")
+    assert {answer.report.mode.value for answer in answers} == {"local", "disagg"}
+
+
 async def test_seeded_sampling_equals_one_engine(tiny_llama: Path, redis_url: str) -> None:
     from baton.common.sampling import SamplingParams
     from baton.engine.llm import LLM

@@ -216,7 +216,7 @@ def test_fingerprint_follows_what_decides_the_bytes(tmp_path: Path) -> None:
     assert other_end.fingerprint_fields(32, "w") == fields
     changes = {
         "rope": {"rope_theta": 1e6},
-        "geometry": {"rms_norm_eps": 1e-5},
+        "geometry": {"vocab_size": 101},
         "dtype": {"torch_dtype": "float16"},
         "num_layers": {"num_hidden_layers": 5, "sliding_window": None},
     }

@@ -144,6 +144,15 @@ def test_pinned_blocks_and_their_parents_stay(cache):
         cache.prefix.evict(1)
 
 
+def test_a_block_leased_since_it_became_evictable_stays(cache):
+    (leased,) = cache.put_idle("a")
+    cache.put_idle("x")
+    cache.pool.pin([leased])
+    assert cache.evicted(1) == "x"
+    cache.pool.unpin([leased])
+    assert cache.evicted(1) == "a"
+
+
 def test_listener_sees_parents_before_children(cache):
     cache.put_idle("ab")
     cache.prefix.evict(2)

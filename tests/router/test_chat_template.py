@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from baton.common.clock import ManualClock
-from baton.common.errors import InvalidRequest, ModelError
-from baton.router.chat_template import ChatTemplate, load_chat_template
 from support.tiny_model import CHATML, byte_level_tokenizer, write_model_folder
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
+
+from baton.common.clock import ManualClock
+from baton.common.errors import InvalidRequest, ModelError
+from baton.router.chat_template import ChatTemplate, load_chat_template
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 NOW_S = 1_750_000_000.0

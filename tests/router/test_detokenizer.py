@@ -3,11 +3,12 @@
 from itertools import islice
 
 import pytest
-from baton.router.detokenizer import REPLACEMENT, Detokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_model import byte_fallback_tokenizer, byte_level_tokenizer
 from tokenizers import Tokenizer
+
+from baton.router.detokenizer import REPLACEMENT, Detokenizer
 
 BYTE_LEVEL = byte_level_tokenizer(with_bos=False)
 FALLBACK = byte_fallback_tokenizer()
@@ -50,9 +51,7 @@ def test_byte_level_equals_the_whole(text: str, border: int, sizes: list[int]) -
     ids = ids_of(BYTE_LEVEL, "x" + text)
     border = min(1 + border, len(ids))
     prompt, output = ids[:border], ids[border:]
-    assert stream(BYTE_LEVEL, prompt, pieces(output, sizes)) == expected(
-        BYTE_LEVEL, prompt, output
-    )
+    assert stream(BYTE_LEVEL, prompt, pieces(output, sizes)) == expected(BYTE_LEVEL, prompt, output)
 
 
 @given(

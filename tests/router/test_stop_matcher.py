@@ -1,9 +1,10 @@
 """Stop strings end the text at the first completed match, however the text is cut."""
 
 import pytest
-from baton.router.stop_matcher import StopMatcher
 from hypothesis import given
 from hypothesis import strategies as st
+
+from baton.router.stop_matcher import StopMatcher
 
 
 def run(stops: list[str], pieces: list[str]) -> tuple[str, bool]:

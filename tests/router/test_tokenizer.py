@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.tiny_model import SPECIAL_TOKENS, byte_level_tokenizer, tiny_model, write_model_folder
+
 from baton.common.errors import InvalidRequest, ModelError
 from baton.router.intake import ChatPrompt, tokenize
 from baton.router.served_model import ServedModel
 from baton.router.tokenizer import ModelTokenizer
-from hypothesis import given
-from hypothesis import strategies as st
-from support.tiny_model import SPECIAL_TOKENS, byte_level_tokenizer, tiny_model, write_model_folder
 
 BOS, EOS, IM_START, IM_END = range(4)
 

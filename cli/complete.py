@@ -1,0 +1,62 @@
+"""`baton complete`: continue a text, and say what it took."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from baton.cli.connection import JsonFlag, RouterFlag, connecting
+from baton.cli.terminal import human_bytes, human_seconds, show_json, show_text, tell_table
+from baton.client.client import DEFAULT_ROUTER, BatonClient
+from baton.client.replies import Chunk, Completion, Finish
+
+
+def complete(
+    prompt: Annotated[str, Parameter(help="raw text, no chat template", allow_leading_hyphen=True)],
+    /,
+    *,
+    max_tokens: Annotated[int | None, Parameter(help="longest answer")] = None,
+    temperature: Annotated[float | None, Parameter(help="0 takes the likeliest token")] = None,
+    top_p: Annotated[float | None, Parameter(help="share of probability to draw from")] = None,
+    top_k: Annotated[int | None, Parameter(help="likeliest tokens to draw from")] = None,
+    seed: Annotated[int | None, Parameter(help="the same seed draws the same tokens")] = None,
+    stop: Annotated[
+        list[str] | None, Parameter(negative="", help="end before this text; may be repeated")
+    ] = None,
+    ignore_eos: Annotated[
+        bool | None, Parameter(negative="", help="go on after an end-of-text token")
+    ] = None,
+    model: Annotated[str, Parameter(help="needed when several are served")] = "",
+    router: RouterFlag = DEFAULT_ROUTER,
+    as_json: JsonFlag = False,
+) -> None:
+    """Continue PROMPT; the text goes to stdout, what it took to stderr."""
+
+    async def run() -> None:
+        async with BatonClient(router) as client:
+            chunks = client.generate(
+                prompt,
+                model=model,
+                stop=tuple(stop or ()),
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                seed=seed,
+                ignore_eos=ignore_eos,
+            )
+            pieces: list[Chunk] = []
+            async for chunk in chunks:
+                pieces.append(chunk)
+                if not as_json:
+                    show_text(chunk.text)
+        if as_json:
+            show_json(as_object(pieces))
+            return
+        show_text("\n")
+        finish = pieces[-1].finish
+        assert finish is not None, "the client raises when an answer has no finish"
+        tell_what_it_took(finish)
+
+    connecting(run)

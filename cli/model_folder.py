@@ -1,0 +1,83 @@
+"""From what a user names as a model to the folder that holds it."""
+
+import re
+from pathlib import Path
+from typing import Final
+
+from baton.common.config import cache_folder
+from baton.common.errors import ModelError
+
+HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# What the engine and the router read, once: no other formats of the same weights.
+WANTED: Final = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
+UNWANTED: Final = ("original/*", "consolidated*", "onnx/*")
+
+# Raised with the shape of the model below, so that an older one in the cache is not taken.
+RANDOM_MODEL: Final = "random-llama-1"
+
+
+def resolve_model(model: str, revision: str | None = None) -> Path:
+    """The folder of `model`: a folder, or ORG/NAME on the Hugging Face hub, through its cache.
+
+    Raises ModelError when it is neither, or cannot be fetched.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if HUB_NAME.fullmatch(model) is None or folder.exists():
+        raise ModelError(
+            f"there is no model folder at {model!r}, and it is no ORG/NAME of the hub either; "
+            "name a folder with config.json and safetensors files"
+        )
+    return _fetch(model, revision)
+
+
+def random_model() -> Path:
+    """A small model with random weights, made at the first call and kept in the cache folder."""
+    folder = cache_folder() / "models" / RANDOM_MODEL
+    if not (folder / "config.json").is_file():
+        # Imports torch, which nothing else here needs.
+        from baton.models.random_model import write_random_model
+
+        write_random_model(folder)
+    return folder
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    at = f" at revision {revision}" if revision is not None else ""
+    try:
+        found = snapshot_download(
+            name, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
+        )
+    except GatedRepoError as error:
+        raise ModelError(
+            f"{name} on the Hugging Face hub asks for consent: accept its terms on its page, then "
+            "log in with `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"{name} on the Hugging Face hub has no revision {revision!r}") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"there is no folder {name!r} here and no public model {name} on the Hugging Face hub; "
+            "check the name, or log in with `hf auth login` if it is private"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"{name}{at} is not in the local cache and the Hugging Face hub cannot be reached; "
+            "connect to the network once, or name a folder"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"{name}{at} cannot be fetched from the Hugging Face hub "
+            f"({type(error).__name__}: {error}); try again, or name a folder"
+        ) from error
+    return Path(found)

@@ -1,0 +1,214 @@
+"""`baton up`: a whole cluster on this host, until Ctrl-C or SIGTERM."""
+
+import asyncio
+import json
+import os
+import signal
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from baton.cli.cluster import START_DEADLINE_S, Cluster, Plan
+from baton.cli.config_flags import with_flags
+from baton.cli.model_folder import random_model, resolve_model
+from baton.cli.serve import ModelArgument, ReadyFile, write_ready_file
+from baton.cli.terminal import show_line, show_table, tell
+from baton.client.admin import DEFAULT_ADMIN
+from baton.client.client import DEFAULT_ROUTER
+from baton.common.config import ClusterConfig, RouterConfig, WorkerConfig, load
+from baton.common.log import check_level
+
+# Each process has its own.
+_PER_PROCESS: Final = ("model", "worker_id", "listen", "advertise", "max_requests")
+_SHARED: Final = frozenset(ClusterConfig.model_fields)
+
+
+@with_flags(RouterConfig, WorkerConfig, leave_out=_PER_PROCESS)
+def up(
+    model: ModelArgument = None,
+    /,
+    *,
+    prefill: Annotated[int, Parameter(help="prefill workers")] = 1,
+    decode: Annotated[int, Parameter(help="decode workers")] = 1,
+    redis: Annotated[
+        str | None, Parameter(help="URL of the Redis server [default: a private one is started]")
+    ] = None,
+    log_level: Annotated[
+        str | None, Parameter(help="of all processes [default: WARNING]")
+    ] = None,
+    start_timeout: Annotated[
+        float, Parameter(help="seconds until the cluster must be ready")
+    ] = START_DEADLINE_S,
+    ready_file: ReadyFile = None,
+    **flags: Any,
+) -> int:
+    """Run a whole cluster on this host until Ctrl-C or SIGTERM, then drain and stop it.
+
+    MODEL is a Hugging Face folder or ORG/NAME from the hub; without one, a small model with random
+    weights is served. Nothing outlives this process, even if it is killed.
+    """
+    plan = make_plan(
+        model,
+        num_prefill=prefill,
+        num_decode=decode,
+        flags={**flags, "redis": redis, "log_level": log_level},
+        start_deadline_s=start_timeout,
+    )
+    return asyncio.run(_supervise(plan, ready_file))
+
+
+def make_plan(
+    model: str | None,
+    *,
+    num_prefill: int = 1,
+    num_decode: int = 1,
+    flags: dict[str, Any] | None = None,
+    start_deadline_s: float = START_DEADLINE_S,
+) -> Plan:
+    """The plan of `baton up`: everything is checked here, before a process is started.
+
+    Raises ConfigError for flags and environment, ModelError for the model.
+    """
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    router = load(RouterConfig, _of(RouterConfig, given))
+    named = model or router.model
+    if named is None:
+        named = str(random_model())
+        tell(f"no MODEL given: {named} has random weights, so expect noise for text")
+    worker = load(WorkerConfig, {**_of(WorkerConfig, given), "model": named})
+    resolve_model(worker.model, worker.revision)
+    shared = {name: value for name, value in given.items() if name in _SHARED}
+    shared.setdefault("log_level", router.log_level if _is_set(router, "log_level") else "WARNING")
+    check_level(str(shared["log_level"]))
+    redis = shared.pop("redis", router.redis if _is_set(router, "redis") else None)
+    own_flags = {name: value for name, value in given.items() if name not in _SHARED}
+    threads = worker.num_threads or _threads_each(num_prefill + num_decode)
+    return Plan(
+        model=named,
+        num_prefill=num_prefill,
+        num_decode=num_decode,
+        redis=redis,
+        shared_flags=shared,
+        router_flags=_of(RouterConfig, own_flags),
+        worker_flags={**_of(WorkerConfig, own_flags), "num_threads": threads},
+        start_deadline_s=start_deadline_s,
+    )
+
+
+def _of(kind: type[RouterConfig] | type[WorkerConfig], flags: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flags.items() if name in kind.model_fields}
+
+
+def _is_set(config: RouterConfig, name: str) -> bool:
+    """By a flag or the environment."""
+    return name in config.model_fields_set
+
+
+def _threads_each(num_workers: int) -> int:
+    """All workers share this host: more threads than cores would only wait for each other."""
+    return max(1, len(os.sched_getaffinity(0)) // num_workers)
+
+
+async def _supervise(plan: Plan, ready_file: Path | None) -> int:
+    stopping, hurrying = _on_signals()
+    progress = _Progress()
+    cluster = Cluster(plan, show_line=lambda name, line: tell(f"[{name}] {line}"), say=progress)
+    try:
+        if await _ends_before(stopping, starting := asyncio.create_task(cluster.start())):
+            starting.result()
+            progress.end()
+            if ready_file is not None:
+                write_ready_file(ready_file, _description(cluster))
+            _show(cluster)
+            if await _ends_before(stopping, broken := asyncio.create_task(cluster.broken())):
+                raise broken.result()
+    finally:
+        progress.end()
+        tell("stopping: running requests may end; Ctrl-C again ends them at once")
+        await _ends_before(hurrying, asyncio.create_task(cluster.stop()))
+        await cluster.kill()
+    return 1 if cluster.num_deaths else 0
+
+
+def _on_signals() -> tuple[asyncio.Event, asyncio.Event]:
+    """Set by the first and by the second SIGINT or SIGTERM."""
+    first, second = asyncio.Event(), asyncio.Event()
+
+    def take() -> None:
+        if first.is_set():
+            second.set()
+        first.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, take)
+    return first, second
+
+
+async def _ends_before(event: asyncio.Event, task: asyncio.Task[Any]) -> bool:
+    """Whether the task ended, well or not, before the event; if not, it was cancelled."""
+    waiting = asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait((task, waiting), return_when=asyncio.FIRST_COMPLETED)
+        return task.done()
+    finally:
+        waiting.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))
+
+
+class _Progress:
+    """How the start comes along: a spinner on a terminal, else a line each."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._status = console.status("starting") if console.is_terminal else None
+        if self._status is not None:
+            self._status.start()
+
+    def __call__(self, text: str) -> None:
+        if self._status is not None:
+            self._status.update(text)
+        else:
+            tell(text)
+
+    def end(self) -> None:
+        """What comes later is told line by line. Idempotent."""
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+
+def _description(cluster: Cluster) -> dict[str, Any]:
+    workers = [asdict(worker) for worker in cluster.workers]
+    return {"pid": os.getpid(), **asdict(cluster.endpoints), "workers": workers}
+
+
+def _show(cluster: Cluster) -> None:
+    at = cluster.endpoints
+    rows = [
+        (worker.role, worker.id, worker.address, worker.blocks_total, worker.pid)
+        for worker in cluster.workers
+    ]
+    show_table(("role", "id", "address", "blocks", "pid"), rows)
+    router = "" if at.grpc == DEFAULT_ROUTER else f" --router {at.grpc}"
+    admin = "" if at.admin == DEFAULT_ADMIN else f" --admin {at.admin}"
+    model = cluster.workers[0].model
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
+    show_line(
+        f"""
+OpenAI API  {at.http}/v1
+gRPC        {at.grpc}
+admin       {at.admin}
+
+  baton complete{router} "Once upon a time"
+  baton chat{router}
+  baton admin workers list{admin}
+  curl {at.http}/v1/chat/completions -H "Content-Type: application/json" -d '{body}'
+
+Ctrl-C stops the cluster."""
+    )
