@@ -36,7 +36,7 @@ class Child:
     async def start(cls, name: str, program: Sequence[str], sink: LineSink) -> "Child":
         """Run `program`, an absolute path and its arguments.
 
-        In a process group of its own: a Ctrl-C at the terminal reaches the supervisor alone.
+        In a session of its own: a Ctrl-C at the terminal reaches the supervisor alone.
         """
         process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -48,7 +48,7 @@ class Child:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            process_group=0,
+            start_new_session=True,
         )
         return cls(name, process, sink)
 

@@ -1,7 +1,7 @@
 """A cluster on this host: Redis, workers and a router as child processes, started and stopped.
 
-    redis → workers and router together → all ready → serving
-    stop: router (drains) → workers (drain) → redis, each with a deadline, then SIGKILL
+redis → workers and router together → all ready → serving
+stop: router (drains) → workers (drain) → redis, each with a deadline, then SIGKILL
 """
 
 import asyncio

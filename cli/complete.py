@@ -2,14 +2,15 @@
 
 import asyncio
 from collections.abc import Sequence
-from typing import Annotated
+from dataclasses import asdict
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from baton.cli.connection import JsonFlag, RouterFlag, connecting
+from baton.cli.flags import JsonFlag, RouterFlag
 from baton.cli.terminal import human_bytes, human_seconds, show_json, show_text, tell_table
 from baton.client.client import DEFAULT_ROUTER, BatonClient
-from baton.client.replies import Chunk, Completion, Finish
+from baton.client.replies import Chunk, Finish
 
 
 def complete(
@@ -57,6 +58,39 @@ def complete(
         show_text("\n")
         finish = pieces[-1].finish
         assert finish is not None, "the client raises when an answer has no finish"
-        tell_what_it_took(finish)
+        tell_table(("", ""), what_it_took(finish))
 
-    connecting(run)
+    asyncio.run(run())
+
+
+def as_object(pieces: Sequence[Chunk]) -> dict[str, Any]:
+    """The answer and its report as one flat object."""
+    finish = pieces[-1].finish
+    assert finish is not None, "the last piece carries the finish"
+    report = asdict(finish)
+    return {
+        "text": "".join(piece.text for piece in pieces),
+        "token_ids": [token for piece in pieces for token in piece.token_ids],
+        "finish_reason": report.pop("reason"),
+        **report,
+    }
+
+
+def what_it_took(finish: Finish) -> list[tuple[str, str]]:
+    """The report as named lines."""
+    kv = "nothing crossed"
+    if finish.transport:
+        kv = f"{human_bytes(finish.kv_bytes)} in {finish.kv_blocks} blocks by {finish.transport}"
+    return [
+        ("route", f"{finish.prefill_worker} → {finish.decode_worker}"),
+        ("mode", finish.mode.value),
+        ("prompt", f"{finish.prompt_tokens} tokens: {_split(finish)}"),
+        ("answer", f"{finish.completion_tokens} tokens, ended by {finish.reason.value}"),
+        ("KV moved", kv),
+        ("time to first token", human_seconds(finish.ttft_s)),
+        ("time per output token", human_seconds(finish.tpot_s)),
+    ]
+
+
+def _split(finish: Finish) -> str:
+    return f"{finish.cached_tokens} cached, {finish.prefill_computed_tokens} computed"

@@ -9,15 +9,18 @@ from baton.common.errors import ModelError
 
 HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # What the engine and the router read, once: no other formats of the same weights.
-WANTED: Final = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
+WANTED: Final = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
+WEIGHTS: Final = "*.safetensors"
 UNWANTED: Final = ("original/*", "consolidated*", "onnx/*")
 
 # Raised with the shape of the model below, so that an older one in the cache is not taken.
 RANDOM_MODEL: Final = "random-llama-1"
 
 
-def resolve_model(model: str, revision: str | None = None) -> Path:
+def resolve_model(model: str, revision: str | None = None, *, with_weights: bool = True) -> Path:
     """The folder of `model`: a folder, or ORG/NAME on the Hugging Face hub, through its cache.
+
+    Without `with_weights` the hub's weights are not fetched, but they may be there.
 
     Raises ModelError when it is neither, or cannot be fetched.
     """
@@ -29,7 +32,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
             f"there is no model folder at {model!r}, and it is no ORG/NAME of the hub either; "
             "name a folder with config.json and safetensors files"
         )
-    return _fetch(model, revision)
+    return _fetch(model, revision, (*WANTED, WEIGHTS) if with_weights else WANTED)
 
 
 def random_model() -> Path:
@@ -43,7 +46,7 @@ def random_model() -> Path:
     return folder
 
 
-def _fetch(name: str, revision: str | None) -> Path:
+def _fetch(name: str, revision: str | None, wanted: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -56,7 +59,7 @@ def _fetch(name: str, revision: str | None) -> Path:
     at = f" at revision {revision}" if revision is not None else ""
     try:
         found = snapshot_download(
-            name, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
+            name, revision=revision, allow_patterns=list(wanted), ignore_patterns=list(UNWANTED)
         )
     except GatedRepoError as error:
         raise ModelError(

@@ -78,7 +78,7 @@ def _print_table(table: "Table", stream: TextIO) -> None:
 def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> "Table":
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold", show_header=any(columns))
     for column in columns:
         table.add_column(column)
     for row in rows:

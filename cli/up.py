@@ -36,9 +36,7 @@ def up(
     redis: Annotated[
         str | None, Parameter(help="URL of the Redis server [default: a private one is started]")
     ] = None,
-    log_level: Annotated[
-        str | None, Parameter(help="of all processes [default: WARNING]")
-    ] = None,
+    log_level: Annotated[str | None, Parameter(help="of all processes [default: WARNING]")] = None,
     start_timeout: Annotated[
         float, Parameter(help="seconds until the cluster must be ready")
     ] = START_DEADLINE_S,

@@ -2,19 +2,16 @@
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Final
+from typing import Final
 
-from cyclopts import Parameter
-
+from baton.cli.flags import JsonFlag
 from baton.cli.terminal import show_json, show_line
 
 # Read from package metadata: none of them is imported.
 _PARTS: Final = ("grpcio", "torch", "nixl-cu12", "nixl-cu13", "redis", "tokenizers")
 
 
-def show_version(
-    *, as_json: Annotated[bool, Parameter(name="--json", negative="", help="one object")] = False
-) -> None:
+def show_version(*, as_json: JsonFlag = False) -> None:
     """The versions of Baton, Python and the packages that decide what this install can do."""
     found = {"baton": version("kvbaton"), "python": platform.python_version()}
     found |= {name: installed for name in _PARTS if (installed := _installed(name)) is not None}

@@ -88,9 +88,13 @@ class BatonClient:
         )
         _put_prompt(request, prompt)
         call = self._stub.Generate(request, timeout=timeout_s)
+        has_ended = False
         try:
             async for response in call:
+                has_ended = response.HasField("finish")
                 yield _chunk(response)
+            if not has_ended:
+                raise InternalError(f"{self.address} ended the answer without saying how")
         except grpc.aio.AioRpcError as error:
             raise baton_error(error, self.address) from error
         finally:
@@ -121,8 +125,7 @@ class BatonClient:
             text.append(chunk.text)
             token_ids.extend(chunk.token_ids)
             finish = chunk.finish
-        if finish is None:
-            raise InternalError(f"{self.address} ended the answer without saying how")
+        assert finish is not None, "generate raises for an answer without a finish"
         return Completion("".join(text), tuple(token_ids), finish)
 
     async def models(self) -> list[ModelCard]:

@@ -1,0 +1,9 @@
+"""Flags that several verbs share."""
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+JsonFlag = Annotated[bool, Parameter(name="--json", negative="", help="JSON on stdout")]
+RouterFlag = Annotated[str, Parameter(help="HOST:PORT of a router's gRPC service")]
+AdminFlag = Annotated[str, Parameter(help="HOST:PORT of a router's admin service")]

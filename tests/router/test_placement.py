@@ -1,0 +1,121 @@
+"""Least-loaded placement: pairs that store KV alike and are large enough, ties at random."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baton.common.errors import ExceedsKvCapacity, NoWorker
+from baton.common.ids import Epoch, WorkerId, WorkerIdentity
+from baton.common.messages import LoadReport
+from baton.common.randomness import SeededRandomness
+from baton.common.sampling import Role
+from baton.router.placement import Candidate, LeastLoaded
+
+
+def worker(
+    name: str,
+    *,
+    fingerprint: str = "same",
+    in_flight: int = 0,
+    blocks: int = 100,
+    pending: int = 0,
+    running: int = 0,
+) -> Candidate:
+    return Candidate(
+        identity=WorkerIdentity(WorkerId(name), Epoch(1), name),
+        role=Role.PREFILL if name.startswith("p") else Role.DECODE,
+        fingerprint=fingerprint,
+        block_size=32,
+        load=LoadReport(blocks_total=blocks, tokens_pending=pending, requests_running=running),
+        in_flight=in_flight,
+    )
+
+
+def chosen(
+    *candidates: Candidate, prompt_len: int = 10, max_tokens: int = 5, seed: int = 1
+) -> tuple[str, str | None]:
+    policy = LeastLoaded(SeededRandomness(seed))
+    choice = policy.choose(candidates, prompt_len=prompt_len, max_tokens=max_tokens)
+    decode = None if choice.decode is None else choice.decode.worker_id
+    return choice.prefill.worker_id, decode
+
+
+def test_the_least_loaded_of_each_role_is_taken() -> None:
+    assert chosen(
+        worker("p0", in_flight=2),
+        worker("p1", in_flight=1),
+        worker("d0", in_flight=0),
+        worker("d1", in_flight=3),
+    ) == ("p1", "d0")
+
+
+def test_what_the_workers_report_breaks_equals() -> None:
+    """Other routers' requests are seen in the reports alone."""
+    assert chosen(
+        worker("p0", pending=500), worker("p1", pending=20), worker("d0", running=9), worker("d1")
+    ) == ("p1", "d1")
+
+
+def test_one_token_needs_no_decode_worker() -> None:
+    assert chosen(worker("p0"), max_tokens=1) == ("p0", None)
+
+
+def test_a_pair_stores_kv_alike() -> None:
+    assert chosen(
+        worker("p0", fingerprint="new"),
+        worker("p1", fingerprint="old", in_flight=5),
+        worker("d0", fingerprint="old", in_flight=5),
+    ) == ("p1", "d0")
+
+
+def test_without_a_pair_that_stores_kv_alike_nobody_serves() -> None:
+    with pytest.raises(NoWorker, match="store KV alike") as refused:
+        chosen(worker("p0", fingerprint="new"), worker("d0", fingerprint="old"))
+    assert refused.value.retry_after_s is not None
+
+
+@pytest.mark.parametrize(
+    ("candidates", "missing"),
+    [((), "prefill"), ((worker("d0"),), "prefill"), ((worker("p0"),), "decode")],
+)
+def test_a_missing_role_is_named(candidates: tuple[Candidate, ...], missing: str) -> None:
+    with pytest.raises(NoWorker, match=f"no {missing} worker"):
+        chosen(*candidates)
+
+
+def test_only_workers_that_are_large_enough_are_asked() -> None:
+    assert chosen(
+        worker("p0", blocks=1), worker("p1", in_flight=7), worker("d0"), prompt_len=33
+    ) == ("p1", "d0")
+
+
+def test_the_prompt_counts_on_p_and_the_whole_request_on_d() -> None:
+    """The last output token is never fed, so 32 + 33 - 1 tokens fill two blocks of 32."""
+    exact = (worker("p0", blocks=1), worker("d0", blocks=2))
+    assert chosen(*exact, prompt_len=32, max_tokens=33) == ("p0", "d0")
+    with pytest.raises(ExceedsKvCapacity, match=r"65 tokens of KV fit no decode worker.* 64"):
+        chosen(*exact, prompt_len=32, max_tokens=34)
+    with pytest.raises(ExceedsKvCapacity, match=r"33 tokens of KV fit no prefill worker.* 32"):
+        chosen(*exact, prompt_len=33, max_tokens=1)
+
+
+def test_equals_share_the_work() -> None:
+    workers = [worker(name) for name in ("p0", "p1", "d0", "d1")]
+    picked = Counter(chosen(*workers, seed=seed) for seed in range(200))
+    assert len(picked) == 4
+    assert min(picked.values()) > 20
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 500)), min_size=1, max_size=6),
+    st.integers(0, 2**32),
+)
+def test_nobody_idler_was_passed_over(loads: list[tuple[int, int]], seed: int) -> None:
+    prefills = [
+        worker(f"p{index}", in_flight=in_flight, pending=pending)
+        for index, (in_flight, pending) in enumerate(loads)
+    ]
+    name, _ = chosen(*prefills, worker("d0"), seed=seed)
+    assert loads[int(name[1:])] == min(loads)
