@@ -147,6 +147,11 @@ class Cluster:
             await child.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    @property
+    def router_pid(self) -> int:
+        assert self._router is not None, "asked of a started cluster"
+        return self._router.pid
+
     # --- start-up steps ---
 
     async def _serve(self, name: str, verb: list[str], flags: Flags) -> Child:

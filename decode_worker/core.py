@@ -133,6 +133,10 @@ class DecodeCore:
             return 0.0
         return POLL_WAIT_S if self._reads else IDLE_WAIT_S
 
+    @property
+    def has_urgent_effects(self) -> bool:
+        return self._effects.is_urgent
+
     def take_effects(self) -> Effects:
         effects, self._effects = self._effects, Effects()
         return effects

@@ -145,6 +145,10 @@ class PrefillCore:
     def wait_s(self) -> float:
         return 0.0 if self._scheduler.num_running else IDLE_WAIT_S
 
+    @property
+    def has_urgent_effects(self) -> bool:
+        return self._effects.is_urgent
+
     def take_effects(self) -> Effects:
         effects, self._effects = self._effects, Effects()
         return effects

@@ -5,7 +5,7 @@ leaves effects behind. It never does I/O and reads time from its clock, so that 
 on an engine thread, in tests and on virtual time.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from baton.common.ids import RequestKey, RouterId, WorkerIdentity
@@ -52,14 +52,36 @@ class Effects:
     messages: list[tuple[WorkerIdentity, ReaderMessage]] = field(default_factory=list)
     dials: list[tuple[WorkerIdentity, str]] = field(default_factory=list)
     load: LoadReport | None = None
+    _has_news: bool = False
+    # Where the newest record of each request stands in its router's list.
+    _newest: dict[RequestKey, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(
-            self.records or self.statuses or self.messages or self.dials or self.load is not None
-        )
+        return bool(self.records) or self.is_urgent or self.load is not None
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether something waits for this: a peer, a first token, an end."""
+        return self._has_news or bool(self.statuses or self.messages or self.dials)
 
     def record(self, router_id: RouterId, record: OutputRecord) -> None:
-        self.records.setdefault(router_id, []).append(record)
+        """Add a record; tokens that merely follow join the request's record that stands here."""
+        records = self.records.setdefault(router_id, [])
+        is_plain = (
+            record.prefill is None
+            and record.handover is None
+            and record.error is None
+            and record.finish is None
+        )
+        index = self._newest.get(record.key)
+        if is_plain and index is not None:
+            older = records[index]
+            if older.position + len(older.tokens) == record.position and older.finish is None:
+                records[index] = replace(older, tokens=older.tokens + record.tokens)
+                return
+        self._has_news = self._has_news or not is_plain
+        self._newest[record.key] = len(records)
+        records.append(record)
 
 
 class WorkerCore(Protocol):
@@ -76,6 +98,10 @@ class WorkerCore(Protocol):
 
     def take_effects(self) -> Effects:
         """Everything left behind since the last call; the caller owns it."""
+
+    @property
+    def has_urgent_effects(self) -> bool:
+        """Whether the effects are to be taken at once rather than with those of later steps."""
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless every slot is accounted for (DESIGN §6)."""

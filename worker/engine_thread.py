@@ -9,9 +9,14 @@ import queue
 import threading
 from collections.abc import Callable
 
+from baton.common.clock import Clock
 from baton.worker.core import Effects, Event, WorkerCore
 
 log = logging.getLogger(__name__)
+
+# Each frame costs the event loop a few hundred µs, during which it and the engine thread fight for
+# the interpreter. Steps faster than this share a frame; first tokens and ends never wait.
+FRAME_INTERVAL_S = 0.005
 
 
 class EngineThread:
@@ -27,11 +32,16 @@ class EngineThread:
         *,
         deliver: Callable[[Effects], None],
         failed: Callable[[BaseException], None],
+        clock: Clock,
+        frame_interval_s: float = FRAME_INTERVAL_S,
         check_invariants: bool = False,
     ) -> None:
         self._core = core
         self._deliver = deliver
         self._failed = failed
+        self._clock = clock
+        self._frame_interval_s = frame_interval_s
+        self._next_frame = 0.0
         self._check_invariants = check_invariants
         self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._stopping = False
@@ -66,9 +76,13 @@ class EngineThread:
         self._core.step()
         if self._check_invariants:
             self._core.check_invariants()
-        effects = self._core.take_effects()
-        if effects:
-            self._loop.call_soon_threadsafe(self._deliver, effects)
+        now = self._clock.monotonic()
+        is_idle = self._core.wait_s() > 0
+        if is_idle or self._core.has_urgent_effects or now >= self._next_frame:
+            self._next_frame = now + self._frame_interval_s
+            effects = self._core.take_effects()
+            if effects:
+                self._loop.call_soon_threadsafe(self._deliver, effects)
 
     def _drain_inbox(self, wait_s: float) -> None:
         try:

@@ -110,6 +110,7 @@ class WorkerServer:
             self.core,
             deliver=self._deliver,
             failed=self._engine_failed,
+            clock=self._clock,
             check_invariants=self._config.check_invariants,
         )
         self._serve(host, port, arena)
