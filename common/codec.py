@@ -3,6 +3,7 @@
 A malformed message raises InvalidRequest here, before any state machine sees it.
 """
 
+from baton.common.block_hash import MAX_KEY_BYTES
 from baton.common.errors import BatonError, InvalidRequest, from_reason
 from baton.common.ids import (
     TRANSFER_ID_BYTES,
@@ -88,6 +89,12 @@ def finish_to_pb(finish: FinishReason | None) -> pb.FinishReason:
     return _FINISH_TO_PB[finish]
 
 
+def _finish_from_pb(wire: pb.FinishReason) -> FinishReason | None:
+    if wire not in _FINISH_FROM_PB:
+        raise InvalidRequest(f"unknown finish reason {wire}", field="finish")
+    return _FINISH_FROM_PB[wire]
+
+
 def sampling_to_pb(params: SamplingParams) -> pb.SamplingParams:
     return pb.SamplingParams(
         max_tokens=params.max_tokens,
@@ -153,6 +160,11 @@ def submit_from_pb(wire: worker_pb.Submit) -> Submit:
         job = DecodeJob(identity_from_pb(wire.decode.owner), wire.decode.owner_link_address)
     else:
         raise InvalidRequest("a submit names its job: prefill or decode", field="job")
+    if len(wire.tenant_key) > MAX_KEY_BYTES:
+        raise InvalidRequest(
+            f"a tenant key has at most {MAX_KEY_BYTES} bytes, this one has {len(wire.tenant_key)}",
+            field="tenant_key",
+        )
     return Submit(
         key=key_from_pb(wire.key),
         prompt_tokens=list(wire.prompt_token_ids),
@@ -303,6 +315,7 @@ def record_to_pb(record: OutputRecord) -> worker_pb.OutputRecord:
         wire.handover.pulled_bytes = record.handover.pulled_bytes
         wire.handover.transport = record.handover.transport
         wire.handover.cached_tokens = record.handover.cached_tokens
+        wire.handover.owner_cached_tokens = record.handover.owner_cached_tokens
         wire.handover.pull_s = record.handover.pull_s
         wire.handover.SetInParent()
     if record.error is not None:
@@ -325,13 +338,14 @@ def record_from_pb(wire: worker_pb.OutputRecord) -> OutputRecord:
             pulled_bytes=wire.handover.pulled_bytes,
             transport=wire.handover.transport,
             cached_tokens=wire.handover.cached_tokens,
+            owner_cached_tokens=wire.handover.owner_cached_tokens,
             pull_s=wire.handover.pull_s,
         )
     return OutputRecord(
         key=key_from_pb(wire.key),
         position=wire.position,
         tokens=tuple(wire.token_ids),
-        finish=_FINISH_FROM_PB.get(wire.finish),
+        finish=_finish_from_pb(wire.finish),
         prefill=prefill,
         handover=handover,
         error=error_from_pb(wire.error) if wire.HasField("error") else None,

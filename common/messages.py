@@ -114,12 +114,17 @@ class PrefillReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HandoverReport:
-    """What D pulled before it joined. `pulled_bytes` is the transport's own count."""
+    """What D pulled before it joined.
+
+    `pulled_bytes` is the transport's own count; `cached_tokens` were found here and not pulled,
+    `owner_cached_tokens` were found by the prefill worker and not computed.
+    """
 
     pulled_blocks: int
     pulled_bytes: int
     transport: str
     cached_tokens: int
+    owner_cached_tokens: int
     pull_s: float
 
 

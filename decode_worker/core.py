@@ -238,6 +238,8 @@ class DecodeCore:
             )
             return
         request.state = DecodeState.QUEUED
+        # The first term is short: it ends before a renewal every few seconds would come.
+        request.renew_at = self._clock.monotonic()
         self._scheduler.add(request.key, accepted_at=request.accepted_at)
 
     def _peer_lost(self, owner: WorkerIdentity, error: BatonError) -> None:
@@ -325,6 +327,7 @@ class DecodeCore:
         sequence.num_computed = sequence.prompt_len
         self._engine.kv.publish(sequence, sequence.prompt_len)
         sequence.tokens.append(first_token)
+        owner_cached_tokens = request.status.cached_tokens if request.status is not None else 0
         request.state = DecodeState.RUNNING
         request.pull = request.status = None
         self._scheduler.join(request.key)
@@ -334,6 +337,7 @@ class DecodeCore:
             pulled_bytes=pull.pulled_bytes,
             transport=self._transport_name,
             cached_tokens=sequence.num_cached,
+            owner_cached_tokens=owner_cached_tokens,
             pull_s=now - pull.started_at,
         )
         record = OutputRecord(key=request.key, tokens=(first_token,), handover=report)

@@ -119,9 +119,10 @@ class Ledger:
             if lease.reader == reader and lease.link_lost_at is None:
                 lease.link_lost_at = now
 
-    def link_restored(self, reader: WorkerIdentity) -> None:
+    def link_restored(self, reader: WorkerIdentity, *, now: float) -> None:
+        """The reader is back in time for those of its leases whose grace still runs."""
         for lease in self._leases.values():
-            if lease.reader == reader:
+            if lease.reader == reader and now < lease.ends_at():
                 lease.link_lost_at = None
 
     def sweep(self, *, now: float) -> list[Lease]:

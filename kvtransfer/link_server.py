@@ -95,10 +95,10 @@ class LinkServer(kv_pb2_grpc.KvServiceServicer):
             raise InvalidRequest("a link opens with a hello", field="hello") from error
         reader = hello.identity
         outbox = self._replace_outbox(reader)
-        yield owner_hello_to_pb(self._ours, self._arena, protocol)
         self._post(LinkOpened(reader))
         reading = asyncio.create_task(self._read(reader, requests, outbox))
         try:
+            yield owner_hello_to_pb(self._ours, self._arena, protocol)
             while (statuses := await outbox.take()) is not None:
                 for status in statuses:
                     yield status_to_pb(status)

@@ -119,7 +119,7 @@ class PrefillCore:
             case FromReader(reader, LeaseRelease(key)):
                 self._released(reader, key)
             case LinkOpened(reader):
-                self._ledger.link_restored(reader)
+                self._ledger.link_restored(reader, now=self._clock.monotonic())
             case LinkClosed(reader):
                 self._ledger.link_lost(reader, now=self._clock.monotonic())
             case RouterAttached(router_id, live):

@@ -94,7 +94,7 @@ class JournalEntry:
         return Usage(
             prompt_tokens=len(self.spec.prompt_tokens),
             completion_tokens=self.num_emitted,
-            cached_tokens=self.prefill_report.cached_tokens if self.prefill_report else 0,
+            cached_tokens=self._cached_tokens(),
         )
 
     def report(self) -> Report:
@@ -114,9 +114,7 @@ class JournalEntry:
             transport=handover.transport if handover else "",
             ttft_s=(self.first_token_at or self.accepted_at) - self.accepted_at,
             tpot_s=self._seconds_per_token(),
-            prefill_computed_tokens=(
-                self.prefill_report.computed_tokens if self.prefill_report else 0
-            ),
+            prefill_computed_tokens=len(self.spec.prompt_tokens) - self._cached_tokens(),
             decode_forwarded_tokens=self.forwarded_tokens,
             decode_cached_tokens=handover.cached_tokens if handover else 0,
             attempts=self.key.attempt,
@@ -124,6 +122,12 @@ class JournalEntry:
 
     def last_event(self, tokens: list[int], finish: FinishReason) -> TokenEvent:
         return TokenEvent(tokens, finish, self.usage(), self.report())
+
+    def _cached_tokens(self) -> int:
+        """As the prefill worker reported, or the decode worker, whose stream may be faster."""
+        if self.prefill_report is not None:
+            return self.prefill_report.cached_tokens
+        return self.handover_report.owner_cached_tokens if self.handover_report else 0
 
     def _seconds_per_token(self) -> float:
         if self.num_emitted < 2 or self.first_token_at is None or self.last_token_at is None:

@@ -49,8 +49,10 @@ class Placement(Protocol):
 
 
 class LeastLoaded:
-    """The prefill worker with the fewest pending tokens, the decode worker with the fewest
-    requests; ties are broken at random."""
+    """The worker of each role with the fewest of this router's requests in flight.
+
+    Then the fewest pending prompt tokens or requests by its own report; ties are broken at random.
+    """
 
     def __init__(self, randomness: Randomness) -> None:
         self._randomness = randomness

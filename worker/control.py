@@ -101,9 +101,9 @@ class ControlServicer(worker_pb2_grpc.WorkerServiceServicer):
         requests = aiter(request_iterator)
         hello = await self._read_hello(requests)
         outbox = self._open(hello)
-        yield pb.AttachResponse(hello=worker_hello_to_pb(self._hello()))
         reading = asyncio.create_task(self._read(hello.router_id, requests, outbox))
         try:
+            yield pb.AttachResponse(hello=worker_hello_to_pb(self._hello()))
             while (frame := await outbox.take()) is not None:
                 yield frame
         finally:

@@ -184,7 +184,7 @@ def test_a_restored_link_gives_the_term_back(desk: Desk) -> None:
     assert desk.renew(1)
     desk.ledger.link_lost(READER, now=desk.now)
     desk.clock.advance(LINK_GRACE_S - 0.001)
-    desk.ledger.link_restored(READER)
+    desk.ledger.link_restored(READER, now=desk.now)
     assert lease.ends_at() == lease.expires_at
     desk.clock.advance(LINK_GRACE_S)
     assert desk.swept() == []
@@ -195,7 +195,7 @@ def test_a_reader_that_comes_back_after_the_grace_revives_nothing(desk: Desk) ->
     assert desk.renew(1)
     desk.ledger.link_lost(READER, now=desk.now)
     desk.clock.advance(LINK_GRACE_S)
-    desk.ledger.link_restored(READER)
+    desk.ledger.link_restored(READER, now=desk.now)
     assert not desk.renew(1)
     assert desk.swept() == [key(1)]
 
@@ -248,9 +248,9 @@ class Leases(RuleBasedStateMachine):
 
     @rule(first=st.booleans())
     def restore(self, first: bool) -> None:
-        """Behind a sweep, as the engine thread does it."""
-        self.sweep()
-        self.desk.ledger.link_restored(READER if first else OTHER)
+        """Before a sweep perhaps: what is over by then stays over."""
+        self._note_what_is_over()
+        self.desk.ledger.link_restored(READER if first else OTHER, now=self.desk.now)
 
     @rule(seconds=st.sampled_from([0.5, 2.5, FIRST_TERM_S, TERM_S]))
     def wait(self, seconds: float) -> None:

@@ -42,7 +42,12 @@ D = WorkerIdentity(WorkerId("d0"), Epoch(1), "b")
 STRANGER = WorkerIdentity(WorkerId("p9"), Epoch(1), "z")
 PREFILLED = PrefillReport(cached_tokens=2, computed_tokens=1, queue_s=0.1, compute_s=0.2)
 HANDED_OVER = HandoverReport(
-    pulled_blocks=1, pulled_bytes=4096, transport="nixl", cached_tokens=0, pull_s=0.1
+    pulled_blocks=1,
+    pulled_bytes=4096,
+    transport="nixl",
+    cached_tokens=0,
+    owner_cached_tokens=0,
+    pull_s=0.1,
 )
 TIMEOUT_S = 20.0
 

@@ -129,6 +129,7 @@ handover_reports = st.builds(
     pulled_bytes=u64,
     transport=texts,
     cached_tokens=u32,
+    owner_cached_tokens=u32,
     pull_s=doubles,
 )
 records = st.builds(

@@ -164,18 +164,20 @@ class PrefillReport(_message.Message):
     def __init__(self, cached_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ...) -> None: ...
 
 class HandoverReport(_message.Message):
-    __slots__ = ("pulled_blocks", "pulled_bytes", "transport", "cached_tokens", "pull_s")
+    __slots__ = ("pulled_blocks", "pulled_bytes", "transport", "cached_tokens", "pull_s", "owner_cached_tokens")
     PULLED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     PULLED_BYTES_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PULL_S_FIELD_NUMBER: _ClassVar[int]
+    OWNER_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     pulled_blocks: int
     pulled_bytes: int
     transport: str
     cached_tokens: int
     pull_s: float
-    def __init__(self, pulled_blocks: _Optional[int] = ..., pulled_bytes: _Optional[int] = ..., transport: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., pull_s: _Optional[float] = ...) -> None: ...
+    owner_cached_tokens: int
+    def __init__(self, pulled_blocks: _Optional[int] = ..., pulled_bytes: _Optional[int] = ..., transport: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., pull_s: _Optional[float] = ..., owner_cached_tokens: _Optional[int] = ...) -> None: ...
 
 class LoadReport(_message.Message):
     __slots__ = ("blocks_total", "blocks_free", "blocks_cached", "blocks_leased", "requests_running", "requests_waiting", "tokens_pending", "draining", "leases", "blocks_quarantined", "preemptions")

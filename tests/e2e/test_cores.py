@@ -1,0 +1,118 @@
+"""Hand-over and leases over time: the two real cores on a manual clock."""
+
+from pathlib import Path
+
+import pytest
+from support.core_pair import CorePair, D
+from support.oracle import Oracle
+
+from baton.common.messages import LeaseRelease
+from baton.kvtransfer.events import FromReader, LinkClosed, LinkOpened
+from baton.kvtransfer.ledger import FIRST_TERM_S, LINK_GRACE_S, RENEW_EVERY_S, TERM_S
+
+PROMPT = list(range(10, 140))
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_llama: Path) -> list[int]:
+    return Oracle(tiny_llama).greedy([PROMPT], 40)[0]
+
+
+def at_rest(pair: CorePair) -> None:
+    assert pair.prefill.num_requests == pair.decode.num_requests == 0
+    for engine in pair.engines.values():
+        assert engine.pool.num_free + engine.prefix.num_evictable == engine.num_blocks
+
+
+def test_a_request_crosses_and_leaves_nothing(tiny_llama: Path, expected: list[int]) -> None:
+    pair = CorePair(tiny_llama)
+    key = pair.submit(PROMPT, 40)
+    pair.advance(6)
+    assert pair.tokens(key) == expected
+    at_rest(pair)
+
+
+@pytest.mark.parametrize("wait_s", [FIRST_TERM_S + 1, TERM_S + RENEW_EVERY_S + 1])
+def test_a_lease_outlives_its_terms_while_the_reader_waits_for_room(
+    wait_s: float, tiny_llama: Path, expected: list[int]
+) -> None:
+    pair = CorePair(tiny_llama, decode_blocks=12)
+    # Holds the decode worker's room: 8 + 4 of 12 blocks, one token per exchange.
+    hog = pair.submit(list(range(200, 455)), 128)
+    pair.exchange()
+    key = pair.submit(PROMPT, 40)
+    # The lease opens at once, and the owner sweeps before a renewal of the same moment arrives.
+    pair.exchange()
+    # The hog decodes one token per step, so with long steps it is in nobody's hurry.
+    pair.advance(wait_s, step_s=0.35)
+    assert len(pair.tokens(key)) == 1, "only the prefill worker's own token is out"
+    pair.advance(40)
+    assert pair.tokens(key) == expected
+    assert len(pair.tokens(hog)) == 128
+    at_rest(pair)
+
+
+def test_a_reader_that_never_comes_pins_for_one_term(tiny_llama: Path) -> None:
+    pair = CorePair(tiny_llama)
+    key = pair.submit(PROMPT, 40, to_decode=False)
+    pair.advance(FIRST_TERM_S - 1)
+    assert pair.prefill.num_requests == 1
+    pair.advance(2)
+    at_rest(pair)
+    assert pair.errors(key) == [], "its first token was out: the decode side has the say"
+
+
+@pytest.mark.parametrize(
+    ("away_s", "survives"), [(LINK_GRACE_S - 1, True), (LINK_GRACE_S + 1, False)]
+)
+def test_a_lost_link_ends_leases_after_its_grace(
+    away_s: float, survives: bool, tiny_llama: Path, expected: list[int]
+) -> None:
+    pair = CorePair(tiny_llama, decode_blocks=12)
+    pair.submit(list(range(200, 455)), 128)
+    pair.exchange()
+    key = pair.submit(PROMPT, 40)
+    pair.advance(1)
+    pair.prefill.handle(LinkClosed(D))
+    pair.advance(away_s, step_s=away_s / 20)
+    pair.prefill.handle(LinkOpened(D))
+    pair.advance(60)
+    if survives:
+        assert pair.tokens(key) == expected
+    else:
+        assert pair.errors(key) == ["lease_lost"]
+    at_rest(pair)
+
+
+def test_a_late_claim_and_a_late_release_of_an_ended_request_change_nothing(
+    tiny_llama: Path, expected: list[int]
+) -> None:
+    pair = CorePair(tiny_llama)
+    key = pair.submit(PROMPT, 40)
+    pair.advance(6)
+    pair.prefill.handle(FromReader(D, LeaseRelease(key)))
+    pair.advance(1)
+    assert pair.tokens(key) == expected
+    at_rest(pair)
+
+
+def test_a_deadline_ends_the_request_on_both_sides(tiny_llama: Path) -> None:
+    pair = CorePair(tiny_llama)
+    key = pair.submit(PROMPT, 800, time_left_s=2.0)
+    pair.advance(3)
+    assert pair.errors(key) == ["deadline_exceeded"]
+    at_rest(pair)
+
+
+def test_readable_blocks_cross_while_the_next_chunk_is_computed(tiny_llama: Path) -> None:
+    pair = CorePair(tiny_llama, budget=32)
+    key = pair.submit(PROMPT, 8)
+    peer = next(iter(pair.decode._peers.values()))
+    crossed = []
+    while not pair.tokens(key):
+        pair.exchange()
+        crossed.append(peer.blocks_read)
+    assert crossed[0] < crossed[2] < crossed[-1]
+    pair.advance(2)
+    assert len(pair.tokens(key)) == 8
+    at_rest(pair)
