@@ -166,10 +166,9 @@ async def _serve(
         await server.drain()
         await server.stop()
         return 0
-    error = failing.result()
-    log.critical("%s", error.message)
+    asked.cancel()
     await server.stop()
-    raise error
+    raise failing.result()
 
 
 def _on_signals() -> asyncio.Event:

@@ -5,10 +5,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+# Control characters, but for tab and newline, as the pictures that Unicode has of them.
+_INERT: Final = {
+    code: 0x2400 + code if code < 32 else 0xFFFD
+    for code in (*range(32), *range(0x7F, 0xA0))
+    if chr(code) not in "\t\n"
+}
 
 
 def show_line(text: str) -> None:
@@ -16,8 +24,8 @@ def show_line(text: str) -> None:
 
 
 def show_text(text: str) -> None:
-    """A piece of a streamed answer, at once."""
-    sys.stdout.write(text)
+    """A piece of a streamed answer, at once; what a model says never steers the terminal."""
+    sys.stdout.write(text.translate(_INERT) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 

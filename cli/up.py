@@ -114,9 +114,11 @@ async def _supervise(plan: Plan, ready_file: Path | None) -> int:
     stopping, hurrying = _on_signals()
     progress = _Progress()
     cluster = Cluster(plan, show_line=lambda name, line: tell(f"[{name}] {line}"), say=progress)
+    is_serving = False
     try:
         if await _ends_before(stopping, starting := asyncio.create_task(cluster.start())):
             starting.result()
+            is_serving = True
             progress.end()
             if ready_file is not None:
                 write_ready_file(ready_file, _description(cluster))
@@ -125,8 +127,9 @@ async def _supervise(plan: Plan, ready_file: Path | None) -> int:
                 raise broken.result()
     finally:
         progress.end()
-        tell("stopping: running requests may end; Ctrl-C again ends them at once")
-        await _ends_before(hurrying, asyncio.create_task(cluster.stop()))
+        if is_serving:
+            tell("stopping: running requests may end; Ctrl-C again ends them at once")
+            await _ends_before(hurrying, asyncio.create_task(cluster.stop()))
         await cluster.kill()
     return 1 if cluster.num_deaths else 0
 
@@ -190,7 +193,7 @@ def _show(cluster: Cluster) -> None:
     at = cluster.endpoints
     rows = [
         (worker.role, worker.id, worker.address, worker.blocks_total, worker.pid)
-        for worker in cluster.workers
+        for worker in sorted(cluster.workers, key=lambda one: (one.role != "prefill", one.id))
     ]
     show_table(("role", "id", "address", "blocks", "pid"), rows)
     router = "" if at.grpc == DEFAULT_ROUTER else f" --router {at.grpc}"

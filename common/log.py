@@ -53,14 +53,14 @@ def check_level(level: str) -> str:
 def set_up_logging(level: str, part: str, stream: TextIO | None = None) -> None:
     """Send the records of this process to `stream` (stderr); raises ConfigError for the level.
 
-    Libraries speak up at WARNING only, unless the level is DEBUG.
+    Libraries speak up at WARNING only: grpc alone would write a line per call.
     """
     name = check_level(level)
     handler = logging.StreamHandler(stream if stream is not None else sys.stderr)
     handler.setFormatter(LineFormatter(part))
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(name if name in ("DEBUG", "ERROR") else "WARNING")
+    root.setLevel(name if name == "ERROR" else "WARNING")
     logging.getLogger("baton").setLevel(name)
 
 

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict, Unpack
+from typing import Final, Literal, TypedDict, Unpack
 
 from tokenizers import Tokenizer
 
@@ -36,6 +36,10 @@ class EngineOptions(TypedDict, total=False):
     load_format: Literal["auto", "dummy"]
     num_threads: int | None
     check_invariants: bool
+
+
+# As vLLM: short, so that a first try answers soon.
+DEFAULT_SAMPLING: Final = SamplingParams(max_tokens=16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +86,7 @@ class LLM:
     def generate(
         self,
         prompts: Sequence[str] | Sequence[list[int]],
-        sampling: SamplingParams | Sequence[SamplingParams],
+        sampling: SamplingParams | Sequence[SamplingParams] = DEFAULT_SAMPLING,
         *,
         tenant_key: bytes = b"",
         on_token: OnToken | None = None,

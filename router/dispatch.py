@@ -10,6 +10,7 @@ No I/O here: `take_effects` hands out what is to be sent and what clients are to
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -59,6 +60,8 @@ class Dispatch:
         self._randomness = randomness
         self._max_requests = max_requests
         self._journal: dict[RequestKey, JournalEntry] = {}
+        # Requests of the journal per worker, so that placement need not count them.
+        self._in_flight: Counter[WorkerIdentity] = Counter()
         self._effects = DispatchEffects()
 
     @property
@@ -66,7 +69,7 @@ class Dispatch:
         return len(self._journal)
 
     def num_requests_on(self, worker: WorkerIdentity) -> int:
-        return sum(worker in entry.workers for entry in self._journal.values())
+        return self._in_flight[worker]
 
     def take_effects(self) -> DispatchEffects:
         effects, self._effects = self._effects, DispatchEffects()
@@ -95,6 +98,7 @@ class Dispatch:
             progress_at=now,
         )
         self._journal[entry.key] = entry
+        self._in_flight.update(entry.workers)
         self._send(entry, choice.prefill, PrefillJob(choice.decode), now)
         if choice.decode is not None:
             job = DecodeJob(choice.prefill, self._link_address(choice.prefill))
@@ -220,6 +224,9 @@ class Dispatch:
         entry.move(state, self._clock.monotonic())
         del self._journal[entry.key]
         for worker in entry.workers:
+            self._in_flight[worker] -= 1
+            if not self._in_flight[worker]:
+                del self._in_flight[worker]
             if worker not in told:
                 self._effects.sends.append((worker, Cancel(entry.key)))
 

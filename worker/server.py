@@ -291,12 +291,21 @@ class WorkerServer:
     # --- links are warmed when a prefill worker joins ---
 
     async def _prewarm_links(self) -> None:
+        """Each life of an owner is dialled once; later losses are repaired on demand."""
+        dialled: set[WorkerIdentity] = set()
         async for _ in every(1.0, self._stopping):
             try:
                 records = await self._registry.workers()
             except RedisError as error:
                 log.debug("no discovery this second: %s", error)
                 continue
+            # Lives that are no longer listed are forgotten, so that the set stays small.
+            dialled &= {record.identity for record in records}
             for record in records:
-                if record.role is Role.PREFILL and record.fingerprint == self.engine.fingerprint:
+                if (
+                    record.role is Role.PREFILL
+                    and record.fingerprint == self.engine.fingerprint
+                    and record.identity not in dialled
+                ):
+                    dialled.add(record.identity)
                     self._links.dial(record.identity, record.address)
