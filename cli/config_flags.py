@@ -5,7 +5,6 @@ None: environment and YAML come after it (`baton.common.config.load`).
 """
 
 import inspect
-import re
 from collections.abc import Callable, Collection, Iterator
 from typing import Annotated, Any, Final, TypeVar, get_args
 
@@ -13,12 +12,11 @@ from cyclopts import Parameter
 from pydantic.fields import FieldInfo
 
 from baton.common.config import RouterConfig, WorkerConfig
-from baton.common.errors import ConfigError
+from baton.common.sizes import parse_bytes
 
 Settings = type[RouterConfig] | type[WorkerConfig]
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
-_BYTES: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _BYTE_FIELDS: Final = frozenset({"kv_memory"})
 
 
@@ -35,15 +33,6 @@ def with_flags(*kinds: Settings, leave_out: Collection[str] = ()) -> Callable[[V
         return verb
 
     return decorate
-
-
-def parse_bytes(text: str) -> int:
-    """1024, 512M, 2G, 1.5GiB: suffixes are powers of 1024. Raises ConfigError."""
-    found = _BYTES.fullmatch(text.strip())
-    if found is None:
-        raise ConfigError(f"{text!r} is no size in bytes; write it as 1048576, 512M or 2G")
-    power = " KMGT".index(found[2].upper() or " ")
-    return int(float(found[1]) * 1024**power)
 
 
 def convert_bytes(_type: object, tokens: Any) -> int:

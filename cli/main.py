@@ -8,9 +8,10 @@ Nothing heavy is imported here: a verb's module is loaded when the verb is calle
     1           an error: it is named on stderr, with what to do
     2           the command line cannot be understood
     3           no router, or no Redis, answers
-    130         interrupted by Ctrl-C
+    130         interrupted by Ctrl-C, or by a pipe that was closed
 """
 
+import os
 import sys
 from typing import Final, NoReturn
 
@@ -78,7 +79,11 @@ def run(arguments: list[str]) -> int:
         return _complain(_one_line(str(error)) + "; `baton --help` lists the verbs", EXIT_USAGE)
     except BatonError as error:
         return _complain(_one_line(error.message), exit_code_of(error))
-    except (KeyboardInterrupt, BrokenPipeError):
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read stdout has had enough; what is still buffered must not complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_INTERRUPTED
     return code if isinstance(code, int) else 0
 

@@ -6,9 +6,9 @@ description of a field is the help text of its flag.
 
 import os
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -17,6 +17,7 @@ from pydantic_settings import (
 )
 
 from baton.common.errors import ConfigError
+from baton.common.sizes import parse_bytes
 
 ENV_PREFIX = "BATON_"
 DEFAULT_HTTP_PORT = 8000
@@ -73,6 +74,10 @@ class RouterConfig(ClusterConfig):
     max_requests: int = Field(1024, ge=1, description="requests in flight before 503")
 
 
+def _bytes(value: object) -> object:
+    return parse_bytes(value) if isinstance(value, str) else value
+
+
 class WorkerConfig(ClusterConfig):
     """`baton serve prefill|decode`."""
 
@@ -86,7 +91,9 @@ class WorkerConfig(ClusterConfig):
         "auto", description="auto, float32, float16 or bfloat16"
     )
     block_size: int = Field(32, ge=1, le=1024, description="tokens per KV block")
-    kv_memory: int | None = Field(None, gt=0, description="bytes of KV arena")
+    kv_memory: Annotated[int, BeforeValidator(_bytes)] | None = Field(
+        None, gt=0, description="bytes of KV arena"
+    )
     num_blocks: int | None = Field(None, gt=0, description="KV blocks, instead of --kv-memory")
     max_model_len: int | None = Field(None, gt=0, description="longest prompt plus output")
     max_num_seqs: int = Field(256, ge=1, description="sequences in one step")

@@ -52,7 +52,6 @@ class Pull:
 
     def post(self, readable_blocks: int, *, now: float) -> None:
         """Start reading what was announced up to `readable_blocks` and is not started yet."""
-        before = self._peer.bytes_read
         while self.error is None and self._cursor < readable_blocks:
             if self._open and self._peer.outstanding_bytes >= MAX_POSTED_BYTES:
                 break
@@ -65,15 +64,14 @@ class Pull:
                 break
             self._open.append(read)
             self._cursor = end
-        self.pulled_bytes += self._peer.bytes_read - before
 
     def poll(self, *, now: float) -> None:
         """Move the open reads on; the first failure or lateness ends the pull."""
-        before = self._peer.bytes_read
         for read in list(self._open):
             state = read.poll()
             if state is FenceState.PASSED:
                 self._open.remove(read)
+                self.pulled_bytes += read.bytes_read
             elif state is FenceState.FAILED:
                 self._fail(FenceFailed(read.failure) if read.stale else PeerLost(read.failure))
                 break
@@ -85,7 +83,6 @@ class Pull:
                     )
                 )
                 break
-        self.pulled_bytes += self._peer.bytes_read - before
 
     def abandon(self, why: str) -> None:
         """Nobody wants the blocks any more; open reads keep their targets in quarantine."""

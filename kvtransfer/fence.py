@@ -63,7 +63,10 @@ class FencedRead:
         self._state = FenceState.READING
         self._words: Read | None = None
         self._has_followed_data = False
+        # Block bytes that the reader itself counted for this read.
+        self.bytes_read = -reader.bytes_read
         self._data = reader.post_blocks([handle.slot for handle in self.handles], self.slots)
+        self.bytes_read += reader.bytes_read
         self.deadline_s = now_s + transfer_deadline_s(reader.outstanding_bytes, bytes_per_s)
 
     @property
@@ -94,7 +97,9 @@ class FencedRead:
             self._fail(why)
 
     def _follow_data(self) -> None:
+        before = self._reader.bytes_read
         state = self._reader.poll(self._data)
+        self.bytes_read += self._reader.bytes_read - before
         if state is ReadState.PENDING:
             return
         self._has_followed_data = True

@@ -77,6 +77,11 @@ class LinkServer(kv_pb2_grpc.KvServiceServicer):
         if outbox is not None:
             outbox.put(status)
 
+    def close(self) -> None:
+        """End every link; readers see their stream close."""
+        for outbox in list(self._outboxes.values()):
+            outbox.close()
+
     async def Link(
         self,
         request_iterator: AsyncIterator[pb.LinkRequest],

@@ -20,6 +20,7 @@ from baton.common.errors import (
     Cancelled,
     DeadlineExceeded,
     InternalError,
+    NoCapacity,
     QueueFull,
     WorkerLost,
 )
@@ -63,6 +64,7 @@ class Dispatch:
         # Requests of the journal per worker, so that placement need not count them.
         self._in_flight: Counter[WorkerIdentity] = Counter()
         self._effects = DispatchEffects()
+        self._draining = False
 
     @property
     def num_requests(self) -> int:
@@ -75,10 +77,16 @@ class Dispatch:
         effects, self._effects = self._effects, DispatchEffects()
         return effects
 
+    def drain(self) -> None:
+        """Accept no further requests; those of the journal may end."""
+        self._draining = True
+
     # --- clients ---
 
     def submit(self, spec: GenerationSpec, candidates: list[Candidate]) -> JournalEntry:
-        """Accept a request. Raises NoWorker, QueueFull or ExceedsKvCapacity; then nothing stays."""
+        """Accept a request. Raises NoCapacity or ExceedsKvCapacity; then nothing stays."""
+        if self._draining:
+            raise NoCapacity("the router is shutting down; ask another one", retry_after_s=1.0)
         if len(self._journal) >= self._max_requests:
             raise QueueFull(
                 f"the router holds {self._max_requests} requests already", retry_after_s=1.0

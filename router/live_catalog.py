@@ -31,6 +31,7 @@ class LiveCatalog:
         self._clock = clock
         self._model_folder = model_folder
         self._loaded: dict[tuple[str, str], ServedModel] = {}
+        self._is_serving = True
         self._loading: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     def models(self) -> list[ServedModel]:
@@ -39,13 +40,17 @@ class LiveCatalog:
     def get(self, name: str) -> ServedModel:
         return choose_model(self._by_name(), name)
 
+    def stop_serving(self) -> None:
+        """Be not ready from now on: whoever balances load looks elsewhere."""
+        self._is_serving = False
+
     def is_ready(self) -> bool:
         roles = {
             worker.record.role
             for worker in self._ready()
             if worker.hello is not None and _key(worker.hello.model) in self._loaded
         }
-        return roles == {Role.PREFILL, Role.DECODE}
+        return self._is_serving and roles == {Role.PREFILL, Role.DECODE}
 
     def learn(self, model: ModelInfo) -> None:
         """A worker joined with this model: read its tokenizer off the event loop, once."""

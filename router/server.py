@@ -93,7 +93,9 @@ class RouterServer:
         )
 
     async def drain(self, deadline_s: float = DRAIN_DEADLINE_S) -> None:
-        """Let running requests end, at most the deadline."""
+        """Refuse further requests and let running ones end, at most the deadline."""
+        self.catalog.stop_serving()
+        self.dispatch.drain()
         try:
             async with asyncio.timeout(deadline_s):
                 async for _ in every(0.05, self._stop):

@@ -148,6 +148,7 @@ class WorkerServer:
         self._heartbeat.stop()
         self._stopping.set()
         self._control.close()
+        self._link_server.close()
         await asyncio.gather(*self._tasks)
         await self._links.close()
         await self._grpc.stop(STOP_GRACE_S)

@@ -10,11 +10,12 @@ from support.command import baton
 from support.ports import free_port
 
 from baton.cli.cluster import to_arguments
-from baton.cli.config_flags import parse_bytes, with_flags
+from baton.cli.config_flags import with_flags
 from baton.cli.main import run
 from baton.cli.model_folder import resolve_model
 from baton.common.config import RouterConfig, WorkerConfig, cache_folder, load
 from baton.common.errors import ConfigError, ModelError
+from baton.common.sizes import parse_bytes
 
 HELP_LIMIT_S = 0.3
 HEAVY = ("pydantic", "grpc", "torch", "redis", "uvloop", "asyncio", "tokenizers", "starlette")

@@ -120,3 +120,15 @@ def test_a_configuration_never_changes() -> None:
 @pytest.mark.parametrize("kind", [RouterConfig, WorkerConfig])
 def test_every_setting_explains_itself(kind: type[RouterConfig] | type[WorkerConfig]) -> None:
     assert [name for name, field in kind.model_fields.items() if not field.description] == []
+
+
+def test_sizes_for_people_from_every_source(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "worker.yaml"
+    file.write_text("kv_memory: 64M\n")
+    assert load(WorkerConfig, {"model": "m"}, file).kv_memory == 64 * 2**20
+    monkeypatch.setenv("BATON_KV_MEMORY", "2G")
+    assert load(WorkerConfig, {"model": "m"}, file).kv_memory == 2**31
+    with pytest.raises(ConfigError, match="no size in bytes"):
+        load(WorkerConfig, {"model": "m", "kv_memory": "lots"})

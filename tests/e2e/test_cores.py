@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
-from support.core_pair import CorePair, D
+from support.core_pair import CorePair, D, P
 from support.oracle import Oracle
 
 from baton.common.messages import LeaseRelease
-from baton.kvtransfer.events import FromReader, LinkClosed, LinkOpened
+from baton.kvtransfer.events import FromReader, LinkClosed, LinkOpened, PeerConnected
 from baton.kvtransfer.ledger import FIRST_TERM_S, LINK_GRACE_S, RENEW_EVERY_S, TERM_S
+from baton.kvtransfer.transport.base import PeerReader, Read, ReadState
+from baton.worker.core import Drain
 
 PROMPT = list(range(10, 140))
 
@@ -115,4 +117,48 @@ def test_readable_blocks_cross_while_the_next_chunk_is_computed(tiny_llama: Path
     assert crossed[0] < crossed[2] < crossed[-1]
     pair.advance(2)
     assert len(pair.tokens(key)) == 8
+    at_rest(pair)
+
+
+class LateReader:
+    """The real reader, whose reads need one more look before they are seen to have ended."""
+
+    def __init__(self, inner: PeerReader) -> None:
+        self.inner = inner
+        self.seen: set[int] = set()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
+
+    def poll(self, read: Read) -> ReadState:
+        if id(read) not in self.seen:
+            self.seen.add(id(read))
+            return ReadState.PENDING
+        return self.inner.poll(read)
+
+
+def test_bytes_are_counted_whoever_polls_the_read(tiny_llama: Path) -> None:
+    """Reads that end between two looks at their pull count like any other."""
+    pair = CorePair(tiny_llama)
+    (peer,) = pair.decode._peers.values()
+    pair.decode.handle(PeerConnected(P, LateReader(peer)))
+    key = pair.submit(PROMPT, 8)
+    pair.advance(3)
+    (report,) = [record.handover for record in pair.records if record.handover is not None]
+    assert len(pair.tokens(key)) == 8
+    assert report.pulled_bytes == 5 * pair.engines[D].arena.block_bytes
+
+
+def test_a_draining_worker_ends_what_it_has_and_takes_nothing_new(
+    tiny_llama: Path, expected: list[int]
+) -> None:
+    pair = CorePair(tiny_llama)
+    running = pair.submit(PROMPT, 40)
+    pair.exchange()
+    pair.prefill.handle(Drain())
+    pair.decode.handle(Drain())
+    refused = pair.submit(PROMPT, 40)
+    pair.advance(6)
+    assert pair.tokens(running) == expected
+    assert pair.errors(refused) == ["no_worker", "no_worker"]
     at_rest(pair)
