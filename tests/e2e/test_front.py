@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import httpx
+import httpx2
 import pytest
 from openai import AsyncOpenAI
 from support.cluster import Cluster, run_cluster
@@ -91,7 +91,7 @@ async def test_a_request_without_max_tokens_fits_the_arena(
 ) -> None:
     async with (
         run_cluster(tiny_llama, redis_url, num_blocks=4) as cluster,
-        httpx.AsyncClient(base_url=http_url(cluster), timeout=30) as client,
+        httpx2.AsyncClient(base_url=http_url(cluster), timeout=30) as client,
     ):
         body = {"prompt": [9] * 40, "ignore_eos": True}
         answer = (await client.post("/v1/completions", json=body)).json()
@@ -138,7 +138,7 @@ async def test_bad_http_input_costs_a_clear_error_and_nothing_else(
 ) -> None:
     async with (
         run_cluster(tiny_llama, redis_url, num_blocks=15) as cluster,
-        httpx.AsyncClient(base_url=http_url(cluster)) as client,
+        httpx2.AsyncClient(base_url=http_url(cluster)) as client,
     ):
         for path, body, status, code in BAD_BODIES:
             headers = {"content-type": "application/json"}
