@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import uvloop
 from rich.console import Console
 from rich.table import Table
 
@@ -118,7 +119,7 @@ async def measure(rounds: int, console: Console) -> tuple[float, dict[int, Arm],
     source = random.Random(0)
     arms = {streams: Arm() for streams in STREAMS}
     with tempfile.TemporaryDirectory() as folder:
-        model = write_random_model(Path(folder) / "model", num_layers=4, hidden_size=256)
+        model = write_random_model(Path(folder) / "model", num_layers=3, hidden_size=256)
         torch.set_num_threads(1)
         llm = LLM(model, num_threads=1)
         alone_ms = step_ms(llm, source)
@@ -178,7 +179,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     console = Console()
-    alone_ms, arms, cost = asyncio.run(measure(arguments.rounds, console))
+    alone_ms, arms, cost = uvloop.run(measure(arguments.rounds, console))
     show(alone_ms, arms, cost, console)
     if arguments.json is not None:
         result = {

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 # Each frame costs the event loop a few hundred µs, during which it and the engine thread fight for
 # the interpreter. Steps faster than this share a frame; first tokens and ends never wait.
-FRAME_INTERVAL_S = 0.005
+FRAME_INTERVAL_S = 0.010
 
 
 class EngineThread:
