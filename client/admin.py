@@ -73,6 +73,8 @@ def _worker(wire: admin_pb2.Worker) -> Worker:
         requests_running=load.requests_running,
         requests_waiting=load.requests_waiting,
         tokens_pending=load.tokens_pending,
+        fingerprint=wire.fingerprint,
+        block_size=wire.block_size,
     )
 
 

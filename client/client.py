@@ -176,15 +176,23 @@ def complete(
 
 
 def _sampling_to_pb(fields: SamplingFields) -> common_pb2.SamplingParams:
-    given: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
-    bias: Mapping[int, float] = given.pop("logit_bias", {})
-    given["logit_bias"] = [
-        common_pb2.LogitBias(token_id=token, bias=value) for token, value in bias.items()
-    ]
-    try:
-        return common_pb2.SamplingParams(**given)
-    except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"a sampling value cannot be sent: {error}") from error
+    wire = common_pb2.SamplingParams()
+    for name, value in fields.items():
+        if value is None:
+            continue
+        try:
+            wire.MergeFrom(common_pb2.SamplingParams(**{name: _field_to_pb(name, value)}))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise InvalidRequest(
+                f"{name} is {value!r}, which is out of its range or of the wrong type", field=name
+            ) from error
+    return wire
+
+
+def _field_to_pb(name: str, value: Any) -> Any:
+    if name != "logit_bias":
+        return value
+    return [common_pb2.LogitBias(token_id=token, bias=bias) for token, bias in value.items()]
 
 
 def _put_prompt(

@@ -55,6 +55,12 @@ def baton_error(error: grpc.aio.AioRpcError, address: str) -> BatonError:
 
 
 def _by_code(code: grpc.StatusCode, said: str, address: str) -> BatonError:
+    if code is grpc.StatusCode.UNAVAILABLE and "://" in address:
+        return RouterUnreachable(f"{address!r} is no HOST:PORT; leave out what comes before ://")
+    if code is grpc.StatusCode.UNAVAILABLE and "HTTP/2" in said:
+        return RouterUnreachable(
+            f"{address} does not speak gRPC; name the router's gRPC port, not its HTTP port"
+        )
     if code is grpc.StatusCode.UNAVAILABLE:
         return RouterUnreachable(
             f"no answer from {address} ({said}); start a cluster with `baton up`, or name "

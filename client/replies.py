@@ -92,6 +92,9 @@ class Worker:
     requests_running: int
     requests_waiting: int
     tokens_pending: int
+    # Workers exchange KV only if their fingerprints are equal.
+    fingerprint: str
+    block_size: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,11 +6,12 @@ MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
 
 ChannelOptions = list[tuple[str, Any]]
 
-# Keepalive alone notices a frozen peer only after 60 s; the ping timeout makes it 3 s.
+# Keepalive alone notices a frozen peer only after 60 s; the ping timeout makes it 6 s. Not less: a
+# worker is dead after 6 s of silence, and a shorter pause must not break the stream before that.
 _KEEPALIVE: Final[ChannelOptions] = [
     ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 3_000),
-    ("grpc.http2.ping_timeout_ms", 3_000),
+    ("grpc.keepalive_timeout_ms", 6_000),
+    ("grpc.http2.ping_timeout_ms", 6_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
@@ -37,7 +38,7 @@ def server_options() -> ChannelOptions:
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         # Below the client's ping interval; the default would answer "too many pings".
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         # Two processes must never share a port in silence.
         ("grpc.so_reuseport", 0),
     ]

@@ -220,27 +220,34 @@ class DecodeCore:
             cause = status.error.message if status.error is not None else "no cause given"
             self._end(request, LeaseLost(f"{owner} ended the lease: {cause}"))
         elif status.state is LeaseState.OPEN:
-            request.status = merge_status(request.status, status)
-            if status.finished:
-                # The request ended with its first token, which the owner reported itself.
-                self._end(request, None)
-            elif request.state is DecodeState.CLAIMING and request.status.slots:
-                self._check_handles(request, request.status)
+            self._opened(request, status)
 
-    def _check_handles(self, request: DecodeRequest, status: LeaseStatus) -> None:
-        expected = self._limits.num_blocks_for(request.sequence.prompt_len)
-        if len(status.slots) != expected:
-            self._end(
-                request,
-                InternalError(
-                    f"{request.owner} leased {len(status.slots)} blocks for a prompt of {expected}"
-                ),
-            )
+    def _opened(self, request: DecodeRequest, status: LeaseStatus) -> None:
+        error = self._misfit(request, status)
+        if error is not None or status.finished:
+            # Finished with its first token: the owner reported that itself.
+            self._end(request, error)
             return
-        request.state = DecodeState.QUEUED
-        # The first term is short: it ends before a renewal every few seconds would come.
-        request.renew_at = self._clock.monotonic()
-        self._scheduler.add(request.key, accepted_at=request.accepted_at)
+        request.status = merge_status(request.status, status)
+        if request.state is DecodeState.CLAIMING and request.status.slots:
+            request.state = DecodeState.QUEUED
+            # The first term is short: it ends before a renewal every few seconds would come.
+            request.renew_at = self._clock.monotonic()
+            self._scheduler.add(request.key, accepted_at=request.accepted_at)
+
+    def _misfit(self, request: DecodeRequest, status: LeaseStatus) -> BatonError | None:
+        """What in this status cannot be of the request: it would corrupt or end the engine."""
+        expected = self._limits.num_blocks_for(request.sequence.prompt_len)
+        if status.slots and len(status.slots) != expected:
+            return InternalError(
+                f"{request.owner} leased {len(status.slots)} blocks for a prompt of {expected}"
+            )
+        if status.first_token is not None and status.first_token >= self._limits.vocab_size:
+            return InternalError(
+                f"{request.owner} sampled token {status.first_token}, "
+                f"the vocabulary has {self._limits.vocab_size}"
+            )
+        return None
 
     def _peer_lost(self, owner: WorkerIdentity, error: BatonError) -> None:
         for request in list(self._requests.values()):

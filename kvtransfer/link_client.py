@@ -37,7 +37,8 @@ class _Link:
     """One dialled owner: what is to be sent, and the task that runs the stream."""
 
     def __init__(self) -> None:
-        self.unsent: asyncio.Queue[ReaderMessage] = asyncio.Queue(maxsize=MAX_UNSENT)
+        # None ends the writing half: gRPC itself leaves a writer waiting when a call has ended.
+        self.unsent: asyncio.Queue[ReaderMessage | None] = asyncio.Queue()
         self.task: asyncio.Task[None] | None = None
 
 
@@ -64,13 +65,13 @@ class LinkClient:
         link = self._links.get(owner)
         if link is None:
             return
-        try:
+        if link.unsent.qsize() < MAX_UNSENT:
             link.unsent.put_nowait(message)
-        except asyncio.QueueFull:
-            # Safe: a claim or release that is lost ends with the lease's own deadline.
-            log.error("link to %s takes no messages; closing it", owner)
-            assert link.task is not None, "a link in the table has its task"
-            link.task.cancel()
+            return
+        # Safe: a claim or release that is lost ends with the lease's own deadline.
+        log.error("link to %s takes no messages; closing it", owner)
+        assert link.task is not None, "a link in the table has its task"
+        link.task.cancel()
 
     async def close(self) -> None:
         tasks = [link.task for link in self._links.values() if link.task is not None]
@@ -90,15 +91,20 @@ class LinkClient:
             error = PeerLost(f"the link to {owner} at {address} broke: {broken.code().name}")
         except TimeoutError:
             error = PeerLost(f"{owner} at {address} did not connect in {CONNECT_DEADLINE_S:.0f} s")
+        # The root of the task: whatever a peer can cause here costs its link and no more.
+        except Exception:
+            log.exception("the link to %s failed", owner)
+            error = PeerLost(f"the link to {owner} at {address} failed")
         finally:
             del self._links[owner]
+            link.unsent.put_nowait(None)
             log.info("link to %s ended: %s", owner, error.message)
             self._post(PeerDisconnected(owner, error))
 
     async def _requests(self, owner: WorkerIdentity, link: _Link) -> AsyncIterator[pb.LinkRequest]:
         yield reader_hello_to_pb(self._ours, owner)
-        while True:
-            yield reader_message_to_pb(await link.unsent.get())
+        while (message := await link.unsent.get()) is not None:
+            yield reader_message_to_pb(message)
 
     async def _converse(
         self,

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from baton.common.codec import error_to_pb
 from baton.common.errors import BatonError, HandshakeMismatch, InvalidRequest
@@ -96,7 +97,7 @@ class LinkServer(kv_pb2_grpc.KvServiceServicer):
             log.warning("refused a link: %s", refused.message)
             yield pb.LinkResponse(refusal=pb.LinkRefusal(error=error_to_pb(refused)))
             return
-        except (TimeoutError, StopAsyncIteration) as error:
+        except (TimeoutError, StopAsyncIteration, DecodeError) as error:
             raise InvalidRequest("a link opens with a hello", field="hello") from error
         reader = hello.identity
         outbox = self._replace_outbox(reader)
@@ -131,5 +132,7 @@ class LinkServer(kv_pb2_grpc.KvServiceServicer):
                 self._post(FromReader(reader, reader_message_from_pb(request)))
         except BatonError as error:
             log.warning("link from %s broke the protocol: %s", reader, error.message)
+        except DecodeError:
+            log.warning("link from %s sent what is no valid protobuf", reader)
         finally:
             outbox.close()

@@ -4,6 +4,7 @@ Redis is a hint. A record that vanishes removes nobody: liveness is the control 
 Every write is one Lua script, fenced by the worker's epoch and idempotent.
 """
 
+import logging
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from importlib import resources
@@ -12,18 +13,22 @@ from typing import Any, cast
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from baton.common.errors import ConfigError
 from baton.common.ids import Epoch, WorkerId, WorkerIdentity
 from baton.common.sampling import Role
 from baton.metadata.keys import Keys
 
+log = logging.getLogger(__name__)
+
 RECORD_TTL_MS = 3_000
 EPOCH_TTL_MS = 24 * 3600 * 1000
 HEARTBEAT_EVERY_S = 1.0
 SOCKET_TIMEOUT_S = 0.5
 SCAN_COUNT = 512
+# What the wire's unsigned 64 bits hold.
+MAX_EPOCH = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +55,8 @@ def connect(url: str) -> "Redis":
             socket_connect_timeout=SOCKET_TIMEOUT_S,
             retry=Retry(NoBackoff(), 0),
             decode_responses=True,
+            # Foreign bytes under our keys make a malformed record, not an error of every listing.
+            encoding_errors="replace",
         )
     except ValueError as error:
         raise ConfigError(f"{url!r} is no Redis URL: {error}") from error
@@ -108,9 +115,14 @@ class Registry:
     async def workers(self) -> list[WorkerRecord]:
         """All records that are alive; malformed ones are left out."""
         found = []
+        prefix = self._keys.worker("")
         async for key in self._redis.scan_iter(match=self._keys.worker_pattern, count=SCAN_COUNT):
-            fields = await cast("Awaitable[dict[str, str]]", self._redis.hgetall(key))
-            record = _record(key.rpartition(":")[2], fields)
+            try:
+                fields = await cast("Awaitable[dict[str, str]]", self._redis.hgetall(key))
+            except ResponseError as error:
+                log.warning("%s is no worker record: %s", key, error)
+                continue
+            record = _record(key.removeprefix(prefix), fields)
             if record is not None:
                 found.append(record)
         return found
@@ -118,10 +130,11 @@ class Registry:
 
 def _record(worker_id: str, fields: dict[str, Any]) -> WorkerRecord | None:
     try:
+        epoch = int(fields["epoch"])
+        if not 0 < epoch <= MAX_EPOCH:
+            return None
         return WorkerRecord(
-            identity=WorkerIdentity(
-                WorkerId(worker_id), Epoch(int(fields["epoch"])), fields["incarnation"]
-            ),
+            identity=WorkerIdentity(WorkerId(worker_id), Epoch(epoch), fields["incarnation"]),
             role=Role(fields["role"]),
             address=fields["address"],
             fingerprint=fields["fingerprint"],

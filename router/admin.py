@@ -51,5 +51,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             pid=hello.pid if hello is not None else 0,
             model=worker.record.model,
             load=load_to_pb(worker.load),
+            fingerprint=worker.record.fingerprint,
+            block_size=hello.model.block_size if hello is not None else 0,
             requests=self._dispatch.num_requests_on(worker.identity),
         )

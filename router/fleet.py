@@ -156,6 +156,8 @@ class Fleet:
                 self._redis_reachable = False
                 continue
             self._redis_reachable = True
+            if self._stop.is_set():
+                return
             for record in records:
                 if record.identity not in self._workers:
                     self._attach(record)
@@ -195,20 +197,28 @@ class Fleet:
 
         The worker may still run; it is then discovered and attached anew.
         """
+        has_failed = False
         while not worker.stop.is_set() and worker.hello is None:
             try:
                 await self._converse(worker)
             except grpc.aio.AioRpcError as error:
-                log.info("stream to %s: %s", worker.identity, error.code().name)
+                # A dial that nobody answers is repeated until the record lapses: told once.
+                level = logging.DEBUG if has_failed else logging.INFO
+                log.log(level, "stream to %s: %s", worker.identity, error.code().name)
+                has_failed = True
             except (BatonError, TimeoutError) as error:
                 log.warning("stream to %s broke: %s", worker.identity, error)
+            # The root of the task: whatever a worker can cause here costs its stream and no more.
+            except Exception:
+                log.exception("stream to %s failed", worker.identity)
             if worker.hello is None:
                 await wait_for(worker.stop, RECONNECT_EVERY_S)
         worker.is_connected = False
         worker.stop.set()
         del self._workers[worker.identity]
         del self._tasks[worker.identity]
-        self._events.gone(worker)
+        if worker.hello is not None:
+            self._events.gone(worker)
 
     async def _converse(self, worker: AttachedWorker) -> None:
         address = worker.record.address

@@ -204,8 +204,14 @@ def _envelope(error: HTTPException) -> ErrorEnvelope:
     return envelope(error.detail, "invalid_request_error", code)
 
 
-async def _http_error(_request: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException), "registered for this class alone"
+    # Starlette's own words for these two say neither what was asked nor what there is.
+    if error.status_code == 404:
+        error.detail = "there is nothing at this path; the API is at /v1, as in /v1/models"
+    elif error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        error.detail = f"{request.method} is not for this path; it takes {allowed}"
     headers = dict(error.headers) if error.headers else None
     return _json(_envelope(error), error.status_code, headers)
 

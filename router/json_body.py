@@ -80,7 +80,8 @@ def parse_object(body: bytes) -> dict[str, Any]:
         raise InvalidRequest("the body is not valid UTF-8 or holds a lone surrogate") from None
     except json.JSONDecodeError as error:
         raise InvalidRequest(
-            f"the body is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+            f"the body is not valid JSON at line {error.lineno}, column {error.colno}: "
+            f"{error.msg.removesuffix(' at')}"
         ) from None
     except ValueError:
         raise InvalidRequest("the body is not valid JSON: a number is too long") from None

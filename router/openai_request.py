@@ -13,7 +13,7 @@ import msgspec
 
 from baton.common.errors import InvalidRequest, UnsupportedField
 from baton.router.intake import ChatPrompt, GenerationRequest, Prompt, TextPrompt, TokenPrompt
-from baton.router.openai_types import ChatBody, CompletionBody, GenerationBody
+from baton.router.openai_types import JSON, ChatBody, CompletionBody, GenerationBody
 from baton.router.validation import SamplingRequest
 
 IGNORED: Final = frozenset(
@@ -107,7 +107,9 @@ def _check_neutral(name: str, value: Any) -> None:
     neutral = NEUTRAL[name]
     if value is None or any(type(value) is type(one) and value == one for one in neutral):
         return
-    advice = f"leave it out or send {neutral[0]!r}" if neutral else "leave it out"
+    advice = "leave it out"
+    if neutral:
+        advice += f" or send {JSON.encode(neutral[0]).decode()}"
     raise UnsupportedField(f"{name} is not supported; {advice}", field=name)
 
 

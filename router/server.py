@@ -14,7 +14,7 @@ from baton.common.config import RouterConfig
 from baton.common.errors import ConfigError
 from baton.common.grpc_server import GrpcServer
 from baton.common.ids import RouterId, WorkerIdentity
-from baton.common.messages import OutputRecord, RouterHello
+from baton.common.messages import ModelInfo, OutputRecord, RouterHello
 from baton.common.periodic import every
 from baton.common.randomness import Randomness, SystemRandomness, incarnation
 from baton.metadata.registry import RedisError, Registry, connect
@@ -81,8 +81,19 @@ class RouterServer:
                 f"cannot reach Redis at start ({error}); start one, or name it with --redis URL"
             ) from error
         intake = Intake(self.catalog, self._randomness)
-        await self._start_grpc(intake)
-        await self._start_http(intake)
+        self._grpc, self._admin = GrpcServer(), GrpcServer()
+        try:
+            # All ports are bound before anything serves.
+            self._bind_grpc(intake)
+            self._bind_http(intake)
+        except ConfigError:
+            for server in (self._grpc, self._admin):
+                await server.stop(0)
+            await self._redis.aclose()
+            raise
+        await self._grpc.start()
+        await self._admin.start()
+        self._serving_http = asyncio.create_task(self._http.serve([self._socket]), name="http")
         self.fleet.start()
         self._sweeping = asyncio.create_task(self._sweep(), name="sweep")
         log.info(
@@ -115,25 +126,21 @@ class RouterServer:
         await self.catalog.close()
         await self._redis.aclose()
 
-    async def _start_grpc(self, intake: Intake) -> None:
+    def _bind_grpc(self, intake: Intake) -> None:
         config = self._config
-        self._grpc = GrpcServer()
         servicer = InferenceServicer(
             self.source, self.catalog, intake, timeout_s=config.request_timeout_s
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, self._grpc.server)
         self._grpc.add("baton.v1.InferenceService")
         self.grpc_port = self._grpc.listen(join_address(config.host, config.grpc_port))
-        self._admin = GrpcServer()
         admin_pb2_grpc.add_AdminServiceServicer_to_server(
             AdminServicer(self.fleet, self.dispatch), self._admin.server
         )
         self._admin.add("baton.v1.AdminService")
         self.admin_port = self._admin.listen(join_address(config.host, config.admin_port))
-        await self._grpc.start()
-        await self._admin.start()
 
-    async def _start_http(self, intake: Intake) -> None:
+    def _bind_http(self, intake: Intake) -> None:
         app = build_app(self.source, self.catalog, intake, timeout_s=self._config.request_timeout_s)
         server_config = uvicorn.Config(
             app,
@@ -147,23 +154,42 @@ class RouterServer:
         )
         self._http = _EmbeddedHttpServer(server_config)
         try:
-            socket = server_config.bind_socket()
+            self._socket = server_config.bind_socket()
         except SystemExit as error:
             raise ConfigError(
                 f"cannot listen on {self._config.host}:{self._config.http_port}: "
                 "the port is taken or the address is not ours"
             ) from error
         # From here on a client that connects waits for the server instead of being refused.
-        socket.listen(HTTP_BACKLOG)
-        self.http_port = socket.getsockname()[1]
-        self._serving_http = asyncio.create_task(self._http.serve([socket]), name="http")
+        self._socket.listen(HTTP_BACKLOG)
+        self.http_port = self._socket.getsockname()[1]
 
     # --- between fleet, dispatcher and fronts ---
 
     def _joined(self, worker: AttachedWorker) -> None:
         assert worker.hello is not None, "a worker joins with its hello"
         log.info("%s %s joined", worker.record.role.value, worker.identity)
+        self._warn_of_strangers(worker, worker.hello.model)
         self.catalog.learn(worker.hello.model)
+
+    def _warn_of_strangers(self, worker: AttachedWorker, model: ModelInfo) -> None:
+        """Workers of one model that store KV differently are never paired: an operator's slip."""
+        for other in self.fleet.workers():
+            if other.hello is None or other.hello.model.name != model.name:
+                continue
+            if other.hello.model.fingerprint != model.fingerprint:
+                log.warning(
+                    "%s and %s serve %s but store KV differently (block size %d and %d, "
+                    "fingerprint %s and %s): they are never paired",
+                    worker.identity,
+                    other.identity,
+                    model.name,
+                    model.block_size,
+                    other.hello.model.block_size,
+                    model.fingerprint[:8],
+                    other.hello.model.fingerprint[:8],
+                )
+                return
 
     def _records(self, worker: AttachedWorker, records: list[OutputRecord]) -> None:
         for record in records:

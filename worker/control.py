@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from baton.common.codec import (
     key_from_pb,
@@ -114,7 +115,7 @@ class ControlServicer(worker_pb2_grpc.WorkerServiceServicer):
         try:
             async with asyncio.timeout(HELLO_DEADLINE_S):
                 first = await anext(requests)
-        except (TimeoutError, StopAsyncIteration) as error:
+        except (TimeoutError, StopAsyncIteration, DecodeError) as error:
             raise InvalidRequest("an attach opens with a hello", field="hello") from error
         if not first.HasField("hello"):
             raise InvalidRequest("an attach opens with a hello", field="hello")
@@ -148,9 +149,14 @@ class ControlServicer(worker_pb2_grpc.WorkerServiceServicer):
     ) -> None:
         try:
             async for request in requests:
+                # What an older stream still holds is of requests that the newer one disowned.
+                if self._outboxes.get(router_id) is not outbox:
+                    return
                 self._take(router_id, request)
         except BatonError as error:
             log.warning("router %s broke the protocol: %s", router_id, error.message)
+        except DecodeError:
+            log.warning("router %s sent what is no valid protobuf", router_id)
         finally:
             outbox.close()
 

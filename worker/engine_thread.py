@@ -63,13 +63,19 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            while not self._stopping:
-                self._iterate()
-            self._core.close()
+            self._iterate_until_stopped()
         # The one root of the thread: whatever escapes ends the process loudly.
         except BaseException as error:
             log.critical("the engine thread failed", exc_info=True)
             self._loop.call_soon_threadsafe(self._failed, error)
+
+    def _iterate_until_stopped(self) -> None:
+        try:
+            while not self._stopping:
+                self._iterate()
+        finally:
+            # After a failure too: open reads must not outlive the arena that they write to.
+            self._core.close()
 
     def _iterate(self) -> None:
         self._drain_inbox(self._core.wait_s())

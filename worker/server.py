@@ -124,7 +124,13 @@ class WorkerServer:
         ]
         if self._role is Role.DECODE:
             self._tasks.append(asyncio.create_task(self._prewarm_links(), name="prewarm"))
-        log.info("%s %s serves %s on %s", self._role.value, self.identity, self.model, self.address)
+        log.info(
+            "%s %s serves %s on %s",
+            self._role.value,
+            self.identity,
+            self.model.name,
+            self.address,
+        )
 
     async def failed(self) -> BatonError:
         """Waits until the worker cannot go on and returns why."""

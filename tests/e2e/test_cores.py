@@ -1,16 +1,34 @@
 """Hand-over and leases over time: the two real cores on a manual clock."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support.core_pair import CorePair, D, P
+from support.core_pair import ROUTER, CorePair, D, P
 from support.oracle import Oracle
 
-from baton.common.messages import LeaseRelease
-from baton.kvtransfer.events import FromReader, LinkClosed, LinkOpened, PeerConnected
+from baton.common.ids import Generation, RequestKey, Slot, TransferId
+from baton.common.messages import (
+    LeaseRelease,
+    LeaseState,
+    LeaseStatus,
+    OutputRecord,
+    PrefillJob,
+    Submit,
+)
+from baton.common.sampling import SamplingParams
+from baton.kvtransfer.events import (
+    FromOwner,
+    FromReader,
+    LinkClosed,
+    LinkOpened,
+    PeerConnected,
+)
 from baton.kvtransfer.ledger import FIRST_TERM_S, LINK_GRACE_S, RENEW_EVERY_S, TERM_S
 from baton.kvtransfer.transport.base import PeerReader, Read, ReadState
-from baton.worker.core import Drain
+from baton.worker.core import Drain, FromRouter
 
 PROMPT = list(range(10, 140))
 
@@ -162,3 +180,102 @@ def test_a_draining_worker_ends_what_it_has_and_takes_nothing_new(
     assert pair.tokens(running) == expected
     assert pair.errors(refused) == ["no_worker", "no_worker"]
     at_rest(pair)
+
+
+def announced(key: RequestKey, num_blocks: int = 0, first_token: int | None = None) -> LeaseStatus:
+    return LeaseStatus(
+        key=key,
+        state=LeaseState.OPEN,
+        slots=tuple(Slot(index) for index in range(num_blocks)),
+        generations=(Generation(1),) * num_blocks,
+        readable_tokens=len(PROMPT),
+        first_token=first_token,
+    )
+
+
+@pytest.mark.parametrize("num_blocks", [1, 4, 6, 500])
+def test_handles_of_another_number_of_blocks_end_the_request_also_once_it_is_queued(
+    num_blocks: int, tiny_llama: Path
+) -> None:
+    """Fewer would be joined with KV that nobody wrote, more would be read past the table."""
+    pair = CorePair(tiny_llama, decode_blocks=12)
+    hog = pair.submit(list(range(200, 455)), 128)
+    pair.exchange()
+    key = pair.submit(PROMPT, 40)
+    pair.exchange()
+    pair.decode.handle(FromOwner(P, announced(key, num_blocks)))
+    pair.advance(30)
+    assert pair.errors(key) == ["internal"]
+    assert len(pair.tokens(hog)) == 128
+    at_rest(pair)
+
+
+def test_a_first_token_outside_the_vocabulary_ends_the_request(tiny_llama: Path) -> None:
+    pair = CorePair(tiny_llama, budget=32)
+    key = pair.submit(PROMPT, 40)
+    pair.exchange()
+    pair.decode.handle(FromOwner(P, announced(key, first_token=10**6)))
+    pair.advance(3)
+    assert pair.errors(key) == ["internal"]
+    at_rest(pair)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": math.nan},
+        {"temperature": -1.0},
+        {"min_p": 2.0},
+        {"top_p": math.nan},
+        {"repetition_penalty": 0.0},
+        {"presence_penalty": math.inf},
+        {"frequency_penalty": math.nan},
+        {"logit_bias": ((3, math.inf),)},
+        {"logit_bias": ((10**6, 1.0),)},
+    ],
+    ids=str,
+)
+def test_sampling_that_no_token_survives_is_refused_before_the_engine_sees_it(
+    wrong: dict[str, Any], tiny_llama: Path
+) -> None:
+    pair = CorePair(tiny_llama)
+    record = submit_alone(pair, SamplingParams(max_tokens=1, **wrong))
+    assert record.error is not None
+    assert record.error.reason == "invalid_request"
+    assert record.error.field == next(iter(wrong))
+    at_rest(pair)
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf])
+def test_times_that_never_come_are_refused(seconds: float, tiny_llama: Path) -> None:
+    """A deadline that is not a number would never pass."""
+    pair = CorePair(tiny_llama)
+    for times in ({"age_s": seconds}, {"time_left_s": seconds}):
+        record = submit_alone(pair, SamplingParams(max_tokens=1), **times)
+        assert record.error is not None
+        assert record.error.reason == "invalid_request"
+
+
+def test_the_smallest_sampling_values_survive_their_way_as_32_bit_floats(tiny_llama: Path) -> None:
+    pair = CorePair(tiny_llama)
+    rounded_down = 0.009999999776482582
+    sampling = SamplingParams(
+        max_tokens=1, temperature=rounded_down, repetition_penalty=rounded_down
+    )
+    assert submit_alone(pair, sampling).error is None
+
+
+def submit_alone(pair: CorePair, sampling: SamplingParams, **times: float) -> OutputRecord:
+    """The prefill worker's one answer to a request that needs nobody else."""
+    submit = Submit(
+        key=RequestKey(TransferId(len(pair.records).to_bytes(16, "big")), 1),
+        prompt_tokens=PROMPT,
+        sampling=sampling,
+        tenant_key=b"",
+        age_s=0.0,
+        time_left_s=10.0,
+        job=PrefillJob(None),
+    )
+    pair.prefill.handle(FromRouter(ROUTER, replace(submit, **times)))  # type: ignore[arg-type]
+    pair.advance(0.5)
+    return pair.records[-1]

@@ -1,7 +1,9 @@
 """Three processes, real NIXL: the answers are those of transformers, for each model family."""
 
 import asyncio
+import os
 import random
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from tokenizers import Tokenizer
 from transformers import PretrainedConfig
 
 from baton.cli.cluster import Cluster, Plan
+from baton.client.admin import AdminClient
 from baton.client.client import BatonClient
 from baton.client.replies import Finish
 
@@ -89,6 +92,37 @@ async def test_tokens_equal_transformers(family: str, tmp_path: Path) -> None:
             assert done.decode_forwarded_tokens == OUTPUT - 1
             blocks = -(-len(case.tokens) // 32) - done.decode_cached_tokens // 32
             assert done.kv_bytes == blocks * _block_bytes(model.config)
+
+
+async def test_a_decode_worker_that_stands_still_for_less_than_six_seconds_keeps_its_requests(
+    tiny_llama: Path,
+) -> None:
+    """Tokens are in flight when it freezes, so that gRPC pings it at once."""
+    plan = Plan(
+        model=str(tiny_llama),
+        router_flags={"http_port": 0, "grpc_port": 0, "admin_port": 0},
+        worker_flags={"num_threads": 1, "num_blocks": 400},
+    )
+    cluster = Cluster(plan)
+    try:
+        await cluster.start()
+        async with (
+            BatonClient(cluster.endpoints.grpc) as client,
+            AdminClient(cluster.endpoints.admin) as admin,
+        ):
+            (pid,) = [worker.pid for worker in await admin.workers() if worker.role == "decode"]
+            tokens: list[int] = []
+            async for chunk in client.generate(
+                [7, 8, 9], max_tokens=1000, temperature=0.0, ignore_eos=True
+            ):
+                if len(tokens) < 10 <= len(tokens) + len(chunk.token_ids):
+                    os.kill(pid, signal.SIGSTOP)
+                    loop = asyncio.get_running_loop()
+                    loop.call_later(4.5, os.kill, pid, signal.SIGCONT)
+                tokens.extend(chunk.token_ids)
+    finally:
+        await cluster.stop()
+    assert len(tokens) == 1000
 
 
 def _block_bytes(config: PretrainedConfig) -> int:

@@ -26,6 +26,7 @@ from baton.kvtransfer.events import (
 )
 from baton.kvtransfer.handshake import LocalSide
 from baton.kvtransfer.link_client import LinkClient
+from baton.kvtransfer.link_codec import reader_hello_to_pb
 from baton.kvtransfer.link_server import LinkServer
 from baton.kvtransfer.transport.memory import MemoryFabric, MemoryTransport
 from baton.v1 import kv_pb2, kv_pb2_grpc
@@ -184,4 +185,33 @@ async def test_a_stranger_who_speaks_nonsense_is_turned_away() -> None:
             await anext(aiter(call))
         assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         # The owner still serves others.
+        await asyncio.wait_for(pair.connect(), 10)
+
+
+async def test_a_link_that_its_owner_ends_leaves_no_task_behind() -> None:
+    """gRPC would leave the writer of an ended call waiting for the next message."""
+    async with link_pair() as pair:
+        await pair.connect()
+        before = asyncio.all_tasks()
+        pair.server.close()
+        await until(lambda: pair.refused() is not None, "the end was not seen")
+        left = {task for task in before if "request_iterator" in str(task.get_coro())}
+        assert left, "the client writes by an iterator"
+        await until(lambda: all(task.done() for task in left), "the writer still waits")
+
+
+@pytest.mark.parametrize("greets", [True, False])
+async def test_bytes_that_are_no_protobuf_cost_the_link_alone(
+    greets: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with link_pair() as pair, grpc.aio.insecure_channel(pair.address) as channel:
+        call = channel.stream_stream("/baton.v1.KvService/Link")()
+        if greets:
+            hello = reader_hello_to_pb(side(pair.reader), pair.owner)
+            await call.write(hello.SerializeToString())
+            await call.read()
+        await call.write(b"\xff\xff\xff")
+        code = await asyncio.wait_for(call.code(), 10)
+        assert code is (grpc.StatusCode.OK if greets else grpc.StatusCode.INVALID_ARGUMENT)
+        assert not [record for record in caplog.records if record.levelname == "ERROR"]
         await asyncio.wait_for(pair.connect(), 10)

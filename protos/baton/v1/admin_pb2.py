@@ -26,7 +26,7 @@ from baton.v1 import common_pb2 as baton_dot_v1_dot_common__pb2
 from baton.v1 import worker_pb2 as baton_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62\x61ton/v1/admin.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\x1a\x15\x62\x61ton/v1/worker.proto\"\x14\n\x12ListWorkersRequest\"8\n\x13ListWorkersResponse\x12!\n\x07workers\x18\x01 \x03(\x0b\x32\x10.baton.v1.Worker\"\xda\x01\n\x06Worker\x12*\n\x08identity\x18\x01 \x01(\x0b\x32\x18.baton.v1.WorkerIdentity\x12\x1c\n\x04role\x18\x02 \x01(\x0e\x32\x0e.baton.v1.Role\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x14\n\x0clink_address\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\r\n\x05model\x18\x07 \x01(\t\x12\"\n\x04load\x18\x08 \x01(\x0b\x32\x14.baton.v1.LoadReport\x12\x10\n\x08requests\x18\t \x01(\r\"\x13\n\x11ListLeasesRequest\"8\n\x12ListLeasesResponse\x12\"\n\x06leases\x18\x01 \x03(\x0b\x32\x12.baton.v1.LeaseRow2\xa3\x01\n\x0c\x41\x64minService\x12J\n\x0bListWorkers\x12\x1c.baton.v1.ListWorkersRequest\x1a\x1d.baton.v1.ListWorkersResponse\x12G\n\nListLeases\x12\x1b.baton.v1.ListLeasesRequest\x1a\x1c.baton.v1.ListLeasesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62\x61ton/v1/admin.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\x1a\x15\x62\x61ton/v1/worker.proto\"\x14\n\x12ListWorkersRequest\"8\n\x13ListWorkersResponse\x12!\n\x07workers\x18\x01 \x03(\x0b\x32\x10.baton.v1.Worker\"\x83\x02\n\x06Worker\x12*\n\x08identity\x18\x01 \x01(\x0b\x32\x18.baton.v1.WorkerIdentity\x12\x1c\n\x04role\x18\x02 \x01(\x0e\x32\x0e.baton.v1.Role\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x14\n\x0clink_address\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\r\n\x05model\x18\x07 \x01(\t\x12\"\n\x04load\x18\x08 \x01(\x0b\x32\x14.baton.v1.LoadReport\x12\x10\n\x08requests\x18\t \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\n \x01(\t\x12\x12\n\nblock_size\x18\x0b \x01(\r\"\x13\n\x11ListLeasesRequest\"8\n\x12ListLeasesResponse\x12\"\n\x06leases\x18\x01 \x03(\x0b\x32\x12.baton.v1.LeaseRow2\xa3\x01\n\x0c\x41\x64minService\x12J\n\x0bListWorkers\x12\x1c.baton.v1.ListWorkersRequest\x1a\x1d.baton.v1.ListWorkersResponse\x12G\n\nListLeases\x12\x1b.baton.v1.ListLeasesRequest\x1a\x1c.baton.v1.ListLeasesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,11 +38,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTWORKERSRESPONSE']._serialized_start=102
   _globals['_LISTWORKERSRESPONSE']._serialized_end=158
   _globals['_WORKER']._serialized_start=161
-  _globals['_WORKER']._serialized_end=379
-  _globals['_LISTLEASESREQUEST']._serialized_start=381
-  _globals['_LISTLEASESREQUEST']._serialized_end=400
-  _globals['_LISTLEASESRESPONSE']._serialized_start=402
-  _globals['_LISTLEASESRESPONSE']._serialized_end=458
-  _globals['_ADMINSERVICE']._serialized_start=461
-  _globals['_ADMINSERVICE']._serialized_end=624
+  _globals['_WORKER']._serialized_end=420
+  _globals['_LISTLEASESREQUEST']._serialized_start=422
+  _globals['_LISTLEASESREQUEST']._serialized_end=441
+  _globals['_LISTLEASESRESPONSE']._serialized_start=443
+  _globals['_LISTLEASESRESPONSE']._serialized_end=499
+  _globals['_ADMINSERVICE']._serialized_start=502
+  _globals['_ADMINSERVICE']._serialized_end=665
 # @@protoc_insertion_point(module_scope)
