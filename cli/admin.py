@@ -20,7 +20,19 @@ def list_workers(*, admin: AdminFlag = DEFAULT_ADMIN, as_json: JsonFlag = False)
         show_json(workers)
         return
     show_table(
-        ("role", "id", "epoch", "state", "address", "pid", "model", "requests", "free", "blocks"),
+        (
+            "role",
+            "id",
+            "epoch",
+            "state",
+            "address",
+            "pid",
+            "model",
+            "requests",
+            "free",
+            "cached",
+            "blocks",
+        ),
         [
             (
                 worker.role,
@@ -32,6 +44,7 @@ def list_workers(*, admin: AdminFlag = DEFAULT_ADMIN, as_json: JsonFlag = False)
                 worker.model,
                 worker.requests,
                 worker.blocks_free,
+                worker.blocks_cached,
                 worker.blocks_total,
             )
             for worker in workers

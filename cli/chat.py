@@ -11,6 +11,7 @@ from baton.cli.flags import RouterFlag
 from baton.cli.terminal import show_text, tell, tell_table
 from baton.client.client import DEFAULT_ROUTER, BatonClient, SamplingFields
 from baton.client.replies import Finish, Message
+from baton.common.errors import BatonError
 
 
 def chat(
@@ -43,22 +44,35 @@ def chat(
 
 
 def _converse(runner: asyncio.Runner, talk: "_Talk") -> None:
-    if sys.stdin.isatty():
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
         # Line editing and history for input().
         import readline  # noqa: F401
 
         tell("Ctrl-D ends the talk, Ctrl-C stops an answer")
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "")
-        except (EOFError, KeyboardInterrupt):
+            line = input("> " if is_terminal else "")
+        except EOFError:
+            if is_terminal:
+                tell("")
             return
+        except KeyboardInterrupt:
+            # Meant for an answer that ended just before, or for the line typed so far.
+            if not is_terminal:
+                raise
+            tell("")
+            continue
         if not line.strip():
             continue
         try:
             runner.run(talk.say(line))
         except KeyboardInterrupt:
             tell("\nstopped")
+        except BatonError as error:
+            if not is_terminal:
+                raise
+            tell(f"error: {error.message}")
 
 
 class _Talk:

@@ -13,6 +13,8 @@ from baton.cli import leash
 
 KEPT_LINES: Final = 20
 MAX_LINE_BYTES: Final = 64 * 1024
+# How a verb of ours begins the line that says why it ended.
+ERROR_PREFIX: Final = "error: "
 # A child that ended closes its end; somebody who inherited it does not keep us waiting.
 OUTPUT_GRACE_S: Final = 1.0
 
@@ -84,13 +86,20 @@ class Child:
         await self.wait()
 
     def how_it_ended(self) -> str:
-        """ "exit code 1" or "SIGKILL", with the error that it named itself."""
+        """ "exit code 1" or "SIGKILL", with the error that it named itself.
+
+        Who was killed by a signal said nothing of it: its last lines are about something else.
+        """
         code = self._process.returncode
         assert code is not None, "it still runs"
         how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-        named = [line for line in self.last_lines if line.startswith("error: ")]
+        if code < 0:
+            return how
+        named = [line for line in self.last_lines if line.startswith(ERROR_PREFIX)]
         said = (
-            named[-1].removeprefix("error: ") if named else " | ".join(list(self.last_lines)[-3:])
+            named[-1].removeprefix(ERROR_PREFIX)
+            if named
+            else " | ".join(list(self.last_lines)[-3:])
         )
         return f"{how}: {said}" if said else how
 

@@ -8,7 +8,14 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from baton.cli.flags import JsonFlag, RouterFlag
-from baton.cli.terminal import human_bytes, human_seconds, show_json, show_text, tell_table
+from baton.cli.terminal import (
+    counted,
+    human_bytes,
+    human_seconds,
+    show_json,
+    show_text,
+    tell_table,
+)
 from baton.client.client import DEFAULT_ROUTER, BatonClient
 from baton.client.replies import Chunk, Finish
 
@@ -80,15 +87,18 @@ def what_it_took(finish: Finish) -> list[tuple[str, str]]:
     """The report as named lines."""
     kv = "nothing crossed"
     if finish.transport:
-        kv = f"{human_bytes(finish.kv_bytes)} in {finish.kv_blocks} blocks by {finish.transport}"
+        blocks = counted(finish.kv_blocks, "block")
+        kv = f"{human_bytes(finish.kv_bytes)} in {blocks} by {finish.transport}"
+    answered = counted(finish.completion_tokens, "token")
+    per_token = human_seconds(finish.tpot_s) if finish.completion_tokens > 1 else "only one token"
     return [
-        ("route", f"{finish.prefill_worker} → {finish.decode_worker}"),
+        ("route", " → ".join(filter(None, (finish.prefill_worker, finish.decode_worker)))),
         ("mode", finish.mode.value),
-        ("prompt", f"{finish.prompt_tokens} tokens: {_split(finish)}"),
-        ("answer", f"{finish.completion_tokens} tokens, ended by {finish.reason.value}"),
+        ("prompt", f"{counted(finish.prompt_tokens, 'token')}: {_split(finish)}"),
+        ("answer", f"{answered}, ended by {finish.reason.value}"),
         ("KV moved", kv),
         ("time to first token", human_seconds(finish.ttft_s)),
-        ("time per output token", human_seconds(finish.tpot_s)),
+        ("time per output token", per_token),
     ]
 
 

@@ -7,12 +7,13 @@ Nothing heavy is imported here: a verb's module is loaded when the verb is calle
     0           done, or stopped as asked
     1           an error: it is named on stderr, with what to do
     2           the command line cannot be understood
-    3           no router, or no Redis, answers
+    3           no router answers
     130         interrupted by Ctrl-C, or by a pipe that was closed
 """
 
 import os
 import sys
+from importlib.metadata import version
 from typing import Final, NoReturn
 
 from cyclopts import App, CycloptsError
@@ -24,7 +25,7 @@ EXIT_USAGE: Final = 2
 EXIT_UNREACHABLE: Final = 3
 EXIT_INTERRUPTED: Final = 130
 
-_EPILOGUE = "Exit codes: 0 done, 1 error, 2 wrong usage, 3 cannot connect, 130 interrupted."
+_EPILOGUE = "Exit codes: 0 done, 1 error, 2 wrong usage, 3 no router answers, 130 interrupted."
 
 
 def build_app() -> App:
@@ -34,7 +35,8 @@ def build_app() -> App:
         help="Serve language models with prefill and decode on separate workers.",
         help_epilogue=_EPILOGUE,
         help_format="plaintext",
-        version_flags=[],
+        version=lambda: version("kvbaton"),
+        version_flags=["--version"],
         suppress_keyboard_interrupt=False,
     )
     verbs = "baton.cli"
@@ -76,7 +78,9 @@ def run(arguments: list[str]) -> int:
             arguments, exit_on_error=False, print_error=False, result_action="return_value"
         )
     except CycloptsError as error:
-        return _complain(_one_line(str(error)) + "; `baton --help` lists the verbs", EXIT_USAGE)
+        return _complain(
+            _one_line(str(error)).rstrip(".") + "; --help after a verb lists its flags", EXIT_USAGE
+        )
     except BatonError as error:
         return _complain(_one_line(error.message), exit_code_of(error))
     except KeyboardInterrupt:

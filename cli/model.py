@@ -147,9 +147,13 @@ def _tensor_shapes(folder: Path) -> list[tuple[int, ...]]:
     for path in _shards(folder):
         try:
             with path.open("rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+                num_header_bytes = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(num_header_bytes))
             entries = [entry for name, entry in header.items() if name != "__metadata__"]
             shapes.extend(tuple(entry["shape"]) for entry in entries)
-        except (ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
+            num_bytes = max((entry["data_offsets"][1] for entry in entries), default=0)
+            if path.stat().st_size != 8 + num_header_bytes + num_bytes:
+                raise ValueError("the file is shorter or longer than its header says")
+        except (LookupError, ValueError, TypeError, AttributeError, MemoryError) as error:
             raise ModelError(f"{path}: no safetensors file, or a truncated one") from error
     return shapes

@@ -5,11 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Final, TextIO
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
+from typing import Any, Final, TextIO
 
 # Control characters, but for tab and newline, as the pictures that Unicode has of them.
 _INERT: Final = {
@@ -35,16 +31,8 @@ def show_json(value: object) -> None:
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Rows on stdout; whole however narrow the terminal is, so that it can be piped."""
-    import rich.console
-
-    table = _table(columns, rows)
-    console = rich.console.Console()
-    if not console.is_terminal:
-        console = rich.console.Console(
-            width=rich.console.Console(width=10_000).measure(table).maximum
-        )
-    console.print(table)
+    """Rows on stdout; whole however narrow the terminal is, so that they can be copied."""
+    _print_table(columns, rows, "", sys.stdout)
 
 
 def tell(text: str) -> None:
@@ -55,9 +43,12 @@ def tell(text: str) -> None:
 
 def tell_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
     """Rows on stderr."""
-    table = _table(columns, rows)
-    table.title = title or None
-    _print_table(table, sys.stderr)
+    _print_table(columns, rows, title, sys.stderr)
+
+
+def counted(count: int, noun: str) -> str:
+    """1 block, 2 blocks."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def human_bytes(count: int) -> str:
@@ -74,24 +65,36 @@ def human_seconds(seconds: float) -> str:
     return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
-def _print_table(table: "Table", stream: TextIO) -> None:
+def _print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[object]], title: str, stream: TextIO
+) -> None:
     from rich.console import Console
+    from rich.text import Text
 
     console = Console(file=stream)
-    if not console.is_terminal:
-        console.width = Console(width=10_000).measure(table).maximum
-    console.print(table)
+    if title:
+        console.print(Text(title, style="bold"), soft_wrap=True)
+    has_header = any(columns)
+    for index, line in enumerate(_lines([columns, *rows] if has_header else rows)):
+        style = "bold" if has_header and index == 0 else ""
+        console.print(Text(line, style=style), soft_wrap=True)
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> "Table":
-    from rich.table import Table
+def _lines(rows: Sequence[Sequence[object]]) -> list[str]:
+    """Columns as wide as their widest cell, numbers to the right, nothing after the last cell."""
+    from rich.cells import cell_len
 
-    table = Table(box=None, pad_edge=False, header_style="bold", show_header=any(columns))
-    for column in columns:
-        table.add_column(column)
+    columns = list(zip(*rows, strict=True))
+    widths = [max(cell_len(str(cell)) for cell in column) for column in columns]
+    are_numbers = [any(isinstance(cell, int) for cell in column) for column in columns]
+    lines = []
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    return table
+        cells = []
+        for cell, width, is_number in zip(row, widths, are_numbers, strict=True):
+            gap = " " * (width - cell_len(str(cell)))
+            cells.append(f"{gap}{cell}" if is_number else f"{cell}{gap}")
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 def _plain(value: object) -> Any:

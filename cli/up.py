@@ -11,9 +11,11 @@ from typing import Annotated, Any, Final
 from cyclopts import Parameter
 from rich.console import Console
 
+from baton.cli.child import ERROR_PREFIX
 from baton.cli.cluster import START_DEADLINE_S, Cluster, Plan
 from baton.cli.config_flags import with_flags
 from baton.cli.model_folder import random_model, resolve_model
+from baton.cli.preflight import check_ports, check_words
 from baton.cli.serve import ModelArgument, ReadyFile, write_ready_file
 from baton.cli.terminal import show_line, show_table, tell
 from baton.client.admin import DEFAULT_ADMIN
@@ -77,14 +79,13 @@ def make_plan(
         named = str(random_model())
         tell(f"no MODEL given: {named} has random weights, so expect noise for text")
     worker = load(WorkerConfig, {**_of(WorkerConfig, given), "model": named})
-    resolve_model(worker.model, worker.revision)
     shared = {name: value for name, value in given.items() if name in _SHARED}
     shared.setdefault("log_level", router.log_level if _is_set(router, "log_level") else "WARNING")
     check_level(str(shared["log_level"]))
     redis = shared.pop("redis", router.redis if _is_set(router, "redis") else None)
     own_flags = {name: value for name, value in given.items() if name not in _SHARED}
     threads = worker.num_threads or _threads_each(num_prefill + num_decode)
-    return Plan(
+    plan = Plan(
         model=named,
         num_prefill=num_prefill,
         num_decode=num_decode,
@@ -94,6 +95,9 @@ def make_plan(
         worker_flags={**_of(WorkerConfig, own_flags), "num_threads": threads},
         start_deadline_s=start_deadline_s,
     )
+    check_ports(router)
+    check_words(resolve_model(worker.model, worker.revision))
+    return plan
 
 
 def _of(kind: type[RouterConfig] | type[WorkerConfig], flags: dict[str, Any]) -> dict[str, Any]:
@@ -107,13 +111,13 @@ def _is_set(config: RouterConfig, name: str) -> bool:
 
 def _threads_each(num_workers: int) -> int:
     """All workers share this host: more threads than cores would only wait for each other."""
-    return max(1, len(os.sched_getaffinity(0)) // num_workers)
+    return max(1, len(os.sched_getaffinity(0)) // max(1, num_workers))
 
 
 async def _supervise(plan: Plan, ready_file: Path | None) -> int:
     stopping, hurrying = _on_signals()
     progress = _Progress()
-    cluster = Cluster(plan, show_line=lambda name, line: tell(f"[{name}] {line}"), say=progress)
+    cluster = Cluster(plan, show_line=tell_output, say=progress)
     is_serving = False
     try:
         if await _ends_before(stopping, starting := asyncio.create_task(cluster.start())):
@@ -128,10 +132,16 @@ async def _supervise(plan: Plan, ready_file: Path | None) -> int:
     finally:
         progress.end()
         if is_serving:
-            tell("stopping: running requests may end; Ctrl-C again ends them at once")
+            tell("stopping once the running requests have ended; Ctrl-C again stops at once")
             await _ends_before(hurrying, asyncio.create_task(cluster.stop()))
         await cluster.kill()
     return 1 if cluster.num_deaths else 0
+
+
+def tell_output(name: str, line: str) -> None:
+    """A line of a process, but for the error that it ends with: the cluster repeats that one."""
+    if not line.startswith(ERROR_PREFIX):
+        tell(f"[{name}] {line}")
 
 
 def _on_signals() -> tuple[asyncio.Event, asyncio.Event]:

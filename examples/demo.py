@@ -10,7 +10,7 @@ import sys
 from baton.cli.cluster import Cluster
 from baton.cli.complete import what_it_took
 from baton.cli.terminal import show_line, show_text, tell, tell_table
-from baton.cli.up import make_plan
+from baton.cli.up import make_plan, tell_output
 from baton.client import BatonClient, Finish, Message
 from baton.common.errors import BatonError
 
@@ -26,7 +26,7 @@ ANSWER_TOKENS = 48
 async def demo() -> None:
     cluster = Cluster(
         make_plan(None, flags={"http_port": 0, "grpc_port": 0, "admin_port": 0}),
-        show_line=lambda name, line: tell(f"[{name}] {line}"),
+        show_line=tell_output,
         say=tell,
     )
     try:

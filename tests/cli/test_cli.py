@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -230,3 +231,18 @@ def test_inspect_a_model(tiny_llama: Path) -> None:
     assert 0 < weights - 4 * facts["parameters"] < 10_000
     shown = baton("model", "inspect", str(tiny_llama))
     assert "LlamaForCausalLM" in shown.stdout
+
+
+def test_inspect_notices_a_truncated_file(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(100_000)
+    assert run(["model", "inspect", str(folder)]) == 1
+    assert "model.safetensors" in one_error_line(capsys.readouterr().err)
+
+
+def test_version_as_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == "0.1.0\n"

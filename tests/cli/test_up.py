@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any
 
 import pytest
 from support.command import BATON, baton, environment
+from support.house import ROOT
 
 READY_DEADLINE_S = 60.0
 STOP_DEADLINE_S = 30.0
@@ -113,6 +117,23 @@ def complete(at: dict[str, Any], prompt: str, *arguments: str) -> dict[str, Any]
     return found
 
 
+def run_the_snippet_of_the_readme(at: dict[str, Any], model: str) -> None:
+    """As it stands there, but for the port and the name."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [program] = re.findall(r"```python\n(from openai .*?)```", readme, re.DOTALL)
+    assert "http://127.0.0.1:8000" in program
+    program = program.replace("http://127.0.0.1:8000", at["http"]).replace("NAME", model)
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", program],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "completion_tokens=" in ran.stdout
+
+
 def test_a_cluster_serves_and_stops_when_asked(up: Callable[..., Up], tiny_llama: Path) -> None:
     cluster = up(str(tiny_llama), "--num-blocks", "64", "--served-model-name", "tiny")
     at = cluster.wait_until_ready()
@@ -152,8 +173,13 @@ def test_a_cluster_serves_and_stops_when_asked(up: Callable[..., Up], tiny_llama
     assert streamed.returncode == 0
     assert "prefill-0" in streamed.stderr
     assert "nixl" in streamed.stderr
+    short = baton("complete", "Hi", "--router", at["grpc"], "--max-tokens", "1")
+    assert "→" not in short.stderr
+    assert "nothing crossed" in short.stderr
     talk = baton("chat", "--router", at["grpc"], "--max-tokens", "4", stdin="hello\nagain\n")
     assert talk.returncode == 0, talk.stderr
+
+    run_the_snippet_of_the_readme(at, "tiny")
 
     cluster.process.send_signal(signal.SIGTERM)
     assert cluster.wait() == 0, cluster.stderr()
@@ -188,14 +214,18 @@ def test_the_others_go_on_until_a_role_is_lost(up: Callable[..., Up], tiny_llama
     cluster.expect_nothing_left()
 
 
-def test_a_child_that_cannot_start_is_named(up: Callable[..., Up], tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    cluster = up(str(tmp_path))
+def test_a_child_that_cannot_start_is_named(
+    up: Callable[..., Up], tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    (folder / "config.json").write_text("{}")
+    cluster = up(str(folder))
     assert cluster.wait() == 1
     last = cluster.stderr().strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert "ended while the cluster started, with exit code 1" in last
     assert "architectures" in last
+    assert cluster.stderr().count("architectures") == 1, "told once, not once a process"
 
 
 def test_a_stop_while_it_starts(up: Callable[..., Up], tiny_llama: Path) -> None:
