@@ -225,6 +225,9 @@ class PrefillCore:
         else:
             # Only the reader that the router named is told handles.
             log.warning("%s claims the lease of %s, which is not its own", reader, key)
+            refused = LeaseLost(f"the router named another reader than {reader}")
+            status = LeaseStatus(key=key, state=LeaseState.ENDED, error=refused)
+            self._effects.statuses.append((reader, status))
 
     def _renewed(self, reader: WorkerIdentity, keys: tuple[RequestKey, ...]) -> None:
         now = self._clock.monotonic()

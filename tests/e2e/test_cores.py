@@ -11,6 +11,7 @@ from support.oracle import Oracle
 
 from baton.common.ids import Generation, RequestKey, Slot, TransferId
 from baton.common.messages import (
+    LeaseClaim,
     LeaseRelease,
     LeaseState,
     LeaseStatus,
@@ -279,3 +280,16 @@ def submit_alone(pair: CorePair, sampling: SamplingParams, **times: float) -> Ou
     pair.prefill.handle(FromRouter(ROUTER, replace(submit, **times)))  # type: ignore[arg-type]
     pair.advance(0.5)
     return pair.records[-1]
+
+
+def test_a_reader_whom_the_router_did_not_name_is_told_no_handles(tiny_llama: Path) -> None:
+    pair = CorePair(tiny_llama)
+    key = pair.submit(PROMPT, 40, to_decode=False)
+    pair.prefill.step()
+    pair.prefill.take_effects()
+    stranger = replace(D, incarnation="another life")
+    pair.prefill.handle(FromReader(stranger, LeaseClaim(key)))
+    ((reader, status),) = pair.prefill.take_effects().statuses
+    assert reader == stranger
+    assert status.state is LeaseState.ENDED
+    assert (status.slots, status.generations) == ((), ())
