@@ -12,7 +12,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3; do \
 	&& { command -v "$$name"; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint fmt types protos protos-fresh bench-overhead clean
+.PHONY: help setup demo test lint fmt types protos protos-fresh evaluate bench-overhead clean
 
 help:  ## what each target does
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -69,6 +69,9 @@ define generate
 $(BIN)/python -m grpc_tools.protoc -I protos --python_out=$(1) --pyi_out=$(1) \
 	--grpc_python_out=$(1) $(PROTOS)
 endef
+
+evaluate: $(READY)  ## the exam of baton-tiny, as a table
+	@$(BIN)/python -P -m baton.models.training.evaluate $(ARGS)
 
 bench-overhead: $(READY)  ## what a cluster adds to the engine's own time
 	$(BIN)/python -P benchmarks/overhead.py $(ARGS)
