@@ -57,6 +57,10 @@ def build_app() -> App:
     model.command(
         f"{verbs}.model:inspect", name="inspect", help="What a model is and what its KV takes."
     )
+    bench = _group(app, "bench", "Measure a running cluster.")
+    bench.command(
+        f"{verbs}.bench:recall", name="recall", help="Whether answers are right, and how soon."
+    )
     app.command(f"{verbs}.version:show_version", name="version", help="The versions in use.")
     return app
 

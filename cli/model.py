@@ -11,7 +11,8 @@ from cyclopts import Parameter
 
 from baton.cli.config_flags import convert_bytes
 from baton.cli.flags import JsonFlag
-from baton.cli.model_folder import resolve_model
+from baton.cli.model_folder import resolve_model, shipped_model
+from baton.cli.serve import ModelArgument
 from baton.cli.terminal import human_bytes, show_json, show_table
 from baton.common.errors import ConfigError, ModelError
 
@@ -43,7 +44,7 @@ class ModelFacts:
 
 
 def inspect(
-    model: Annotated[str, Parameter(help="Hugging Face folder, or ORG/NAME from the hub")],
+    model: ModelArgument = None,
     /,
     *,
     revision: Annotated[str | None, Parameter(help="of ORG/NAME on the hub")] = None,
@@ -55,8 +56,13 @@ def inspect(
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """What MODEL is, what its KV takes, and how much of it fits in --kv-memory."""
-    facts = _facts(model, revision, dtype, max_model_len, block_size, kv_memory)
+    """What MODEL is, what its KV takes, and how much of it fits in --kv-memory.
+
+    Without one, it is baton-tiny, which ships with Baton.
+    """
+    facts = _facts(
+        model or str(shipped_model()), revision, dtype, max_model_len, block_size, kv_memory
+    )
     if as_json:
         show_json(facts)
         return

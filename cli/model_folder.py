@@ -1,10 +1,10 @@
 """From what a user names as a model to the folder that holds it."""
 
 import re
+from importlib import resources
 from pathlib import Path
 from typing import Final
 
-from baton.common.config import cache_folder
 from baton.common.errors import ModelError
 
 HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -13,8 +13,8 @@ WANTED: Final = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
 WEIGHTS: Final = "*.safetensors"
 UNWANTED: Final = ("original/*", "consolidated*", "onnx/*")
 
-# Raised with the shape of the model below, so that an older one in the cache is not taken.
-RANDOM_MODEL: Final = "random-llama-1"
+# What the model that ships with Baton is served as.
+SHIPPED_MODEL: Final = "baton-tiny"
 
 
 def resolve_model(model: str, revision: str | None = None, *, with_weights: bool = True) -> Path:
@@ -35,15 +35,9 @@ def resolve_model(model: str, revision: str | None = None, *, with_weights: bool
     return _fetch(model, revision, (*WANTED, WEIGHTS) if with_weights else WANTED)
 
 
-def random_model() -> Path:
-    """A small model with random weights, made at the first call and kept in the cache folder."""
-    folder = cache_folder() / "models" / RANDOM_MODEL
-    if not (folder / "config.json").is_file():
-        # Imports torch, which nothing else here needs.
-        from baton.models.random_model import write_random_model
-
-        write_random_model(folder)
-    return folder
+def shipped_model() -> Path:
+    """The folder of baton-tiny, a small trained model that is part of the package."""
+    return Path(str(resources.files("baton.models").joinpath("baton_tiny")))
 
 
 def _fetch(name: str, revision: str | None, wanted: tuple[str, ...]) -> Path:

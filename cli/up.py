@@ -14,7 +14,7 @@ from rich.console import Console
 from baton.cli.child import ERROR_PREFIX
 from baton.cli.cluster import START_DEADLINE_S, Cluster, Plan
 from baton.cli.config_flags import with_flags
-from baton.cli.model_folder import random_model, resolve_model
+from baton.cli.model_folder import SHIPPED_MODEL, resolve_model, shipped_model
 from baton.cli.preflight import check_ports, check_words
 from baton.cli.serve import ModelArgument, ReadyFile, write_ready_file
 from baton.cli.terminal import show_line, show_table, tell
@@ -47,8 +47,8 @@ def up(
 ) -> int:
     """Run a whole cluster on this host until Ctrl-C or SIGTERM, then drain and stop it.
 
-    MODEL is a Hugging Face folder or ORG/NAME from the hub; without one, a small model with random
-    weights is served. Nothing outlives this process, even if it is killed.
+    MODEL is a Hugging Face folder or ORG/NAME from the hub; without one, baton-tiny is served, a
+    small model that ships with Baton. Nothing outlives this process, even if it is killed.
     """
     plan = make_plan(
         model,
@@ -76,8 +76,9 @@ def make_plan(
     router = load(RouterConfig, _of(RouterConfig, given))
     named = model or router.model
     if named is None:
-        named = str(random_model())
-        tell(f"no MODEL given: {named} has random weights, so expect noise for text")
+        named = str(shipped_model())
+        tell(f"no MODEL given: serving {SHIPPED_MODEL}, the small model that ships with Baton")
+        given = _with_defaults_of_the_shipped(given, named)
     worker = load(WorkerConfig, {**_of(WorkerConfig, given), "model": named})
     shared = {name: value for name, value in given.items() if name in _SHARED}
     shared.setdefault("log_level", router.log_level if _is_set(router, "log_level") else "WARNING")
@@ -98,6 +99,16 @@ def make_plan(
     check_ports(router)
     check_words(resolve_model(worker.model, worker.revision))
     return plan
+
+
+def _with_defaults_of_the_shipped(given: dict[str, Any], folder: str) -> dict[str, Any]:
+    """`given`, and what suits baton-tiny where neither a flag nor the environment says otherwise.
+
+    Its weights are bfloat16, which CPUs compute slowly: docs/decisions/0012-float32-on-cpus.md.
+    """
+    said = load(WorkerConfig, {**_of(WorkerConfig, given), "model": folder}).model_fields_set
+    suited = {"served_model_name": SHIPPED_MODEL, "dtype": "float32"}
+    return {**given, **{name: value for name, value in suited.items() if name not in said}}
 
 
 def _of(kind: type[RouterConfig] | type[WorkerConfig], flags: dict[str, Any]) -> dict[str, Any]:

@@ -109,14 +109,6 @@ class WorkerConfig(ClusterConfig):
     )
 
 
-def cache_folder() -> Path:
-    """Where Baton keeps what it can make again: `$XDG_CACHE_HOME/baton`, else `~/.cache/baton`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    # The XDG specification: a relative path is invalid and must be ignored.
-    root = Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache"
-    return root / "baton"
-
-
 _T = TypeVar("_T", bound=_Settings)
 
 

@@ -14,7 +14,8 @@ from baton.cli.cluster import to_arguments
 from baton.cli.config_flags import with_flags
 from baton.cli.main import run
 from baton.cli.model_folder import resolve_model
-from baton.common.config import RouterConfig, WorkerConfig, cache_folder, load
+from baton.cli.up import make_plan
+from baton.common.config import RouterConfig, WorkerConfig, load
 from baton.common.errors import ConfigError, ModelError
 from baton.common.sizes import parse_bytes
 
@@ -193,13 +194,6 @@ def test_flags_of_a_child() -> None:
     assert to_arguments(flags) == ["--http-port=0", "--insecure", "--host=::1"]
 
 
-def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "baton"
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert cache_folder() == Path.home() / ".cache" / "baton"
-
-
 def test_model_folders(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert resolve_model(str(tiny_llama)) == tiny_llama.resolve()
     monkeypatch.chdir(tiny_llama.parent)
@@ -231,6 +225,25 @@ def test_inspect_a_model(tiny_llama: Path) -> None:
     assert 0 < weights - 4 * facts["parameters"] < 10_000
     shown = baton("model", "inspect", str(tiny_llama))
     assert "LlamaForCausalLM" in shown.stdout
+
+
+def test_without_a_model_the_shipped_one_is_inspected() -> None:
+    shown = baton("model", "inspect", "--json")
+    facts = json.loads(shown.stdout)
+    assert Path(facts["folder"]).name == "baton_tiny"
+    assert (facts["num_layers"], facts["num_kv_heads"], facts["max_model_len"]) == (6, 4, 4096)
+
+
+def test_the_shipped_model_is_served_in_float32_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ports = {"http_port": 0, "grpc_port": 0, "admin_port": 0}
+    flags = make_plan(None, flags=ports).worker_flags
+    assert (flags["dtype"], flags["served_model_name"]) == ("float32", "baton-tiny")
+    told = make_plan(None, flags={**ports, "dtype": "bfloat16"}).worker_flags
+    assert (told["dtype"], told["served_model_name"]) == ("bfloat16", "baton-tiny")
+    monkeypatch.setenv("BATON_SERVED_MODEL_NAME", "mine")
+    assert "served_model_name" not in make_plan(None, flags=ports).worker_flags
 
 
 def test_inspect_notices_a_truncated_file(

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -117,12 +118,12 @@ def complete(at: dict[str, Any], prompt: str, *arguments: str) -> dict[str, Any]
     return found
 
 
-def run_the_snippet_of_the_readme(at: dict[str, Any], model: str) -> None:
-    """As it stands there, but for the port and the name."""
+def run_the_snippet_of_the_readme(at: dict[str, Any]) -> str:
+    """As it stands there, but for the port; what it printed."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     [program] = re.findall(r"```python\n(from openai .*?)```", readme, re.DOTALL)
     assert "http://127.0.0.1:8000" in program
-    program = program.replace("http://127.0.0.1:8000", at["http"]).replace("NAME", model)
+    program = program.replace("http://127.0.0.1:8000", at["http"])
     ran = subprocess.run(
         [sys.executable, "-P", "-c", program],
         capture_output=True,
@@ -132,6 +133,18 @@ def run_the_snippet_of_the_readme(at: dict[str, Any], model: str) -> None:
     )
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "completion_tokens=" in ran.stdout
+    return ran.stdout
+
+
+def say_the_lines_of_the_readme(at: dict[str, Any]) -> list[str]:
+    """The answers to the conversation of the tour."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [lines] = re.findall(
+        r"^    baton chat <<'END'\n(.*?)^    END$", readme, re.DOTALL | re.MULTILINE
+    )
+    talk = baton("chat", "--router", at["grpc"], stdin=textwrap.dedent(lines))
+    assert talk.returncode == 0, talk.stderr
+    return talk.stdout.splitlines()
 
 
 def test_a_cluster_serves_and_stops_when_asked(up: Callable[..., Up], tiny_llama: Path) -> None:
@@ -179,8 +192,6 @@ def test_a_cluster_serves_and_stops_when_asked(up: Callable[..., Up], tiny_llama
     talk = baton("chat", "--router", at["grpc"], "--max-tokens", "4", stdin="hello\nagain\n")
     assert talk.returncode == 0, talk.stderr
 
-    run_the_snippet_of_the_readme(at, "tiny")
-
     cluster.process.send_signal(signal.SIGTERM)
     assert cluster.wait() == 0, cluster.stderr()
     cluster.expect_nothing_left()
@@ -189,6 +200,17 @@ def test_a_cluster_serves_and_stops_when_asked(up: Callable[..., Up], tiny_llama
     table = cluster.process.stdout.read()
     assert at["http"] in table
     assert f"--router {at['grpc']}" in table
+
+
+def test_without_a_model_the_shipped_one_answers_as_the_readme_says(
+    up: Callable[..., Up],
+) -> None:
+    cluster = up()
+    at = cluster.wait_until_ready()
+    assert "serving baton-tiny" in cluster.stderr()
+    assert {worker["model"] for worker in at["workers"]} == {"baton-tiny"}
+    assert run_the_snippet_of_the_readme(at).startswith("4821 ")
+    assert say_the_lines_of_the_readme(at)[1:] == ["4821", "7093", "682", "anchor, river, walnut"]
 
 
 def test_kill_9_leaves_nothing_behind(up: Callable[..., Up], tiny_llama: Path) -> None:

@@ -2,23 +2,14 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from support.cluster import TransportFactory, run_cluster, transports
+from support.cluster import run_cluster
 from support.oracle import Oracle
+from support.tampering import StaleReader, ZeroingReader, tampering
 
 from baton.common.errors import FenceFailed
-from baton.common.ids import Slot, WorkerIdentity
-from baton.kvtransfer.transport.base import (
-    ArenaDescriptor,
-    MemoryRegion,
-    PeerReader,
-    Read,
-    ReadState,
-    Transport,
-)
 
 BOTH = pytest.mark.parametrize("transport", ["memory", "nixl"])
 
@@ -93,7 +84,7 @@ async def test_a_transport_that_returns_zeros_changes_the_answer(
 ) -> None:
     prompt = prompts(7)[6]
     expected = oracle.greedy([prompt], 32)[0]
-    zeroed = tampering(_ZeroingReader)
+    zeroed = tampering(ZeroingReader)
     async with run_cluster(tiny_llama, redis_url, factory=zeroed) as cluster:
         answer = await cluster.generate(prompt, max_tokens=32)
     # The first token is the prefill worker's own; all others depend on what crossed.
@@ -105,7 +96,7 @@ async def test_a_transport_that_returns_zeros_changes_the_answer(
 async def test_a_block_that_changed_under_the_read_is_refused_before_use(
     transport: str, tiny_llama: Path, redis_url: str
 ) -> None:
-    stale = tampering(_StaleReader, transport)
+    stale = tampering(StaleReader, transport)
     async with run_cluster(tiny_llama, redis_url, factory=stale) as cluster:
         with pytest.raises(FenceFailed, match="changed before they were read"):
             await cluster.generate(list(range(100)), max_tokens=32)
@@ -178,72 +169,3 @@ async def test_seeded_sampling_equals_one_engine(tiny_llama: Path, redis_url: st
         answer = await cluster.generate(prompt, max_tokens=40, **sampling)
         again = await cluster.generate(prompt, max_tokens=40, **sampling)
     assert answer.tokens == again.tokens == list(expected)
-
-
-# --- transports that lie ---
-
-
-class _ForwardingReader:
-    """A peer reader that can be tampered with; everything else is the real one's."""
-
-    def __init__(self, inner: PeerReader, arena: MemoryRegion, block_bytes: int) -> None:
-        self.inner = inner
-        self.arena = arena
-        self.block_bytes = block_bytes
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.inner, name)
-
-
-class _ZeroingReader(_ForwardingReader):
-    """Reports success and leaves zeros."""
-
-    def poll(self, read: Read) -> ReadState:
-        was_pending = read.state is ReadState.PENDING
-        state = self.inner.poll(read)
-        if was_pending and state is ReadState.DONE:
-            self._zero(read.local_slots)
-        return state
-
-    def _zero(self, slots: Sequence[Slot]) -> None:
-        import ctypes
-
-        for slot in slots:
-            ctypes.memset(self.arena.address + slot * self.block_bytes, 0, self.block_bytes)
-
-
-class _StaleReader(_ForwardingReader):
-    """Reports generation words as if the owner had reused the last slot."""
-
-    def generations(self, read: Read) -> list[int]:
-        words = self.inner.generations(read)
-        return [*words[:-1], words[-1] + 1]
-
-
-class _TamperingTransport:
-    def __init__(self, inner: Transport, reader: type[_ForwardingReader]) -> None:
-        self._inner = inner
-        self._reader = reader
-        self.name = inner.name
-
-    def register(
-        self, arena: MemoryRegion, generations: MemoryRegion, *, block_bytes: int, num_slots: int
-    ) -> ArenaDescriptor:
-        self._arena, self._block_bytes = arena, block_bytes
-        return self._inner.register(
-            arena, generations, block_bytes=block_bytes, num_slots=num_slots
-        )
-
-    def connect(self, owner: WorkerIdentity, remote: ArenaDescriptor) -> _ForwardingReader:
-        inner = self._inner.connect(owner, remote)
-        return self._reader(inner, self._arena, self._block_bytes)
-
-    def close(self) -> None:
-        self._inner.close()
-
-
-def tampering(
-    reader: type[_ForwardingReader], transport: str = "memory"
-) -> Callable[[str, WorkerIdentity], _TamperingTransport]:
-    factory: TransportFactory = transports(transport)
-    return lambda name, identity: _TamperingTransport(factory(name, identity), reader)
