@@ -11,8 +11,6 @@ yet: that is the back-pressure.
 """
 
 import logging
-from dataclasses import dataclass, field
-from enum import Enum
 
 from baton.common.clock import Clock
 from baton.common.errors import (
@@ -41,10 +39,11 @@ from baton.common.sampling import FinishReason
 from baton.engine.conservation import check_conservation
 from baton.engine.engine import Engine
 from baton.engine.finish import finish_reason
-from baton.engine.sequence import Chunk, Sequence
+from baton.engine.sequence import Chunk
 from baton.kvtransfer.endings import Endings
 from baton.kvtransfer.events import FromReader, LinkClosed, LinkOpened
 from baton.kvtransfer.ledger import Ledger
+from baton.prefill_worker.request import PrefillRequest, PrefillState
 from baton.prefill_worker.scheduler import PlannedChunk, PrefillScheduler
 from baton.worker.admission import Limits, refusal
 from baton.worker.core import Drain, Effects, Event, FromRouter, RouterAttached, RouterGone
@@ -53,27 +52,8 @@ log = logging.getLogger(__name__)
 
 LOAD_EVERY_S = 1.0
 IDLE_WAIT_S = 0.1
-
-
-class _State(Enum):
-    WAITING = "waiting"
-    RUNNING = "running"
-    LEASED = "leased"
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Request:
-    key: RequestKey
-    router_id: RouterId
-    sequence: Sequence
-    reader: WorkerIdentity | None
-    submitted_at: float
-    deadline: float
-    state: _State = _State.WAITING
-    started_at: float = 0.0
-    handles: tuple[BlockHandle, ...] = field(default=(), repr=False)
-    readable_tokens: int = 0
-    first_token: int | None = None
+# A step longer than this stops the clocks of the leases for the rest of it.
+COUNTED_STEP_S = 1.0
 
 
 class PrefillCore:
@@ -95,7 +75,7 @@ class PrefillCore:
         self._clock = clock
         self._ledger = Ledger(engine.kv)
         self._endings = Endings()
-        self._requests: dict[RequestKey, _Request] = {}
+        self._requests: dict[RequestKey, PrefillRequest] = {}
         self._effects = Effects()
         self._draining = False
         self._next_load = 0.0
@@ -185,7 +165,7 @@ class PrefillCore:
             self._effects.record(router_id, OutputRecord(key=submit.key, error=error))
             return
         assert isinstance(submit.job, PrefillJob), "other jobs were refused"
-        self._requests[submit.key] = _Request(
+        self._requests[submit.key] = PrefillRequest(
             key=submit.key,
             router_id=router_id,
             sequence=self._engine.new_sequence(
@@ -239,7 +219,9 @@ class PrefillCore:
         request = self._requests.get(key)
         if request is not None and request.reader == reader:
             # A reader that lets go before the prompt is done has given the request up.
-            self._end(request, None if request.state is _State.LEASED else Cancelled("released"))
+            self._end(
+                request, None if request.state is PrefillState.LEASED else Cancelled("released")
+            )
 
     # --- deadlines ---
 
@@ -249,7 +231,7 @@ class PrefillCore:
             log.warning("lease %s of %s ended unreleased", lease.key, lease.reader)
             self._end(request, LeaseLost(f"{lease.reader} did not renew its lease in time"))
         for request in list(self._requests.values()):
-            if now >= request.deadline and request.state is not _State.LEASED:
+            if now >= request.deadline and request.state is not PrefillState.LEASED:
                 self._end(request, DeadlineExceeded("the deadline passed during prefill"))
 
     # --- the iteration ---
@@ -263,12 +245,12 @@ class PrefillCore:
             if not self._engine.kv.reserve(sequence, sequence.prompt_len, limit):
                 return
             self._scheduler.admit(key, num_tokens=sequence.num_pending)
-            request.state = _State.RUNNING
+            request.state = PrefillState.RUNNING
             request.started_at = now
             if request.reader is not None:
                 self._open_lease(request, request.reader, now)
 
-    def _open_lease(self, request: _Request, reader: WorkerIdentity, now: float) -> None:
+    def _open_lease(self, request: PrefillRequest, reader: WorkerIdentity, now: float) -> None:
         generations = self._engine.generations
         request.handles = tuple(
             BlockHandle(slot, generations.word(slot)) for slot in request.sequence.slots
@@ -284,7 +266,11 @@ class PrefillCore:
 
     def _compute(self, plan: list[PlannedChunk]) -> None:
         chunks = [Chunk(self._requests[entry.key].sequence, entry.num_tokens) for entry in plan]
+        began = self._clock.monotonic()
         sampled = dict(self._engine.step(chunks))
+        # What is announced before a step is told after it, and renewals wait in the inbox.
+        took = self._clock.monotonic() - began
+        self._ledger.forgive(max(0.0, took - COUNTED_STEP_S))
         for entry in plan:
             request = self._requests[entry.key]
             self._engine.kv.publish(request.sequence, request.sequence.prompt_len)
@@ -293,7 +279,7 @@ class PrefillCore:
             else:
                 self._announce(request, with_handles=False)
 
-    def _prefilled(self, request: _Request, token: int) -> None:
+    def _prefilled(self, request: PrefillRequest, token: int) -> None:
         request.first_token = token
         sequence = request.sequence
         finish = finish_reason(
@@ -306,11 +292,11 @@ class PrefillCore:
             self._end(request, None)
             return
         self._announce(request, with_handles=False)
-        request.state = _State.LEASED
+        request.state = PrefillState.LEASED
         self._engine.kv.release(sequence)
 
     def _report_first_token(
-        self, request: _Request, token: int, finish: FinishReason | None
+        self, request: PrefillRequest, token: int, finish: FinishReason | None
     ) -> None:
         sequence = request.sequence
         report = PrefillReport(
@@ -326,11 +312,13 @@ class PrefillCore:
 
     # --- announcements and ends ---
 
-    def _announce(self, request: _Request, *, with_handles: bool, finished: bool = False) -> None:
+    def _announce(
+        self, request: PrefillRequest, *, with_handles: bool, finished: bool = False
+    ) -> None:
         """Say how far blocks are readable. On a CPU a step's writes are done when it returns."""
         if request.reader is None:
             return
-        if request.state is _State.WAITING:
+        if request.state is PrefillState.WAITING:
             status = LeaseStatus(key=request.key, state=LeaseState.NOT_YET)
             self._effects.statuses.append((request.reader, status))
             return
@@ -352,7 +340,7 @@ class PrefillCore:
         )
         self._effects.statuses.append((request.reader, status))
 
-    def _end(self, request: _Request, error: BatonError | None) -> None:
+    def _end(self, request: PrefillRequest, error: BatonError | None) -> None:
         """The request is over here: nothing of it stays but its ending and cached blocks."""
         del self._requests[request.key]
         self._scheduler.remove(request.key)
@@ -373,7 +361,7 @@ class PrefillCore:
         running = [
             request.sequence.num_pending
             for request in self._requests.values()
-            if request.state is _State.RUNNING
+            if request.state is PrefillState.RUNNING
         ]
         return LoadReport(
             blocks_total=self._engine.num_blocks,

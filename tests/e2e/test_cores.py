@@ -20,6 +20,7 @@ from baton.common.messages import (
     Submit,
 )
 from baton.common.sampling import SamplingParams
+from baton.engine.sequence import Chunk, Sequence
 from baton.kvtransfer.events import (
     FromOwner,
     FromReader,
@@ -293,3 +294,23 @@ def test_a_reader_whom_the_router_did_not_name_is_told_no_handles(tiny_llama: Pa
     assert reader == stranger
     assert status.state is LeaseState.ENDED
     assert (status.slots, status.generations) == ((), ())
+
+
+@pytest.mark.parametrize("step_s", [FIRST_TERM_S + 1, TERM_S + 1])
+def test_a_long_step_of_the_owner_ends_no_lease(
+    step_s: float, tiny_llama: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The opening is told after the step; the renewal that answers it cannot come before."""
+    pair = CorePair(tiny_llama, budget=64)
+    quick = pair.engines[P].step
+
+    def slow(chunks: list[Chunk]) -> list[tuple[Sequence, int]]:
+        pair.clock.advance(step_s)
+        return quick(chunks)
+
+    monkeypatch.setattr(pair.engines[P], "step", slow)
+    key = pair.submit(PROMPT, 40)
+    pair.advance(8)
+    assert pair.errors(key) == []
+    assert pair.tokens(key) == expected
+    at_rest(pair)
