@@ -302,7 +302,7 @@ def record_to_pb(record: OutputRecord) -> worker_pb.OutputRecord:
         key=key_to_pb(record.key),
         position=record.position,
         token_ids=record.tokens,
-        finish=_FINISH_TO_PB[record.finish],
+        finish=finish_to_pb(record.finish),
         forwarded_tokens=record.forwarded_tokens,
     )
     if record.prefill is not None:

@@ -10,7 +10,6 @@ Slot = NewType("Slot", int)
 Generation = NewType("Generation", int)
 BlockHash = NewType("BlockHash", bytes)
 TransferId = NewType("TransferId", bytes)
-TokenId = NewType("TokenId", int)
 
 TRANSFER_ID_BYTES = 16
 

@@ -6,8 +6,9 @@ from typing import Any, Final
 
 import grpc
 
+from baton.common.codec import finish_to_pb
 from baton.common.errors import BatonError, InvalidRequest
-from baton.common.sampling import FinishReason, Mode
+from baton.common.sampling import Mode
 from baton.router.answer import TextEvent, open_answer
 from baton.router.catalog import Catalog
 from baton.router.generation import Report, TokenSource, Usage
@@ -26,10 +27,6 @@ from baton.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
 DEFAULT_TIMEOUT_S: Final = 600.0
 
-_FINISH: Final = {
-    FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
-    FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
-}
 _MODE: Final = {Mode.DISAGG: common_pb2.MODE_DISAGG, Mode.LOCAL: common_pb2.MODE_LOCAL}
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -140,7 +137,7 @@ def _response(event: TextEvent) -> inference_pb2.GenerateResponse:
         assert event.usage is not None, "the last event of an answer carries usage"
         assert event.report is not None, "the last event of an answer carries the report"
         finish = response.finish
-        finish.reason = _FINISH[event.finish]
+        finish.reason = finish_to_pb(event.finish)
         finish.usage.CopyFrom(_usage(event.usage))
         finish.report.CopyFrom(_report(event.report))
     return response
