@@ -88,7 +88,8 @@ async def test_generate(model: ServedModel, kind: str) -> None:
     assert finish.report.request_id == spec.request_id == "r.1"
     assert finish.report.mode == common_pb2.MODE_DISAGG
     assert finish.report.ttft_s == 0.25
-    assert 0 < spec.timeout_s <= 5
+    # gRPC's wire format keeps three digits of a deadline and rounds up: seen 5.0086 of 5.
+    assert 0 < spec.timeout_s <= 5 + 0.01
     if kind != "chat":
         assert spec.prompt_tokens == ids
 
