@@ -1,4 +1,5 @@
-"""Fixtures that many suites share: a Redis server, small random models, one torch thread."""
+"""Fixtures that many suites share: a Redis server, small random models, one torch thread,
+and Triton's interpreter where there is no GPU."""
 
 import os
 from collections.abc import Iterator
@@ -9,6 +10,12 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+if not torch.cuda.is_available():
+    # Before Triton is imported: kernels are compiled on a GPU and interpreted elsewhere.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from baton.models.random_model import write_random_model
 
