@@ -16,8 +16,8 @@ def kv_write_rows(
 ) -> torch.Tensor:
     """Rows of the arena seen as `[-1, D]` for layer 0, int64 `[T * 2 * H]` in the order of `kv`."""
     _, num_heads, num_layers, _, block_size, _ = arena.shape
-    head = torch.arange(num_heads) * (num_layers * 2 * block_size)
-    kind = torch.arange(2) * block_size
+    head = torch.arange(num_heads, device=arena.device) * (num_layers * 2 * block_size)
+    kind = torch.arange(2, device=arena.device) * block_size
     of_slot = (kind[:, None] + head).view(1, -1)
     start_T = slots_T * (num_heads * num_layers * 2 * block_size) + offsets_T
     return (start_T[:, None] + of_slot).view(-1)
