@@ -18,15 +18,9 @@ from baton.engine.model_config import ModelConfig
 from baton.engine.rope import RotaryTable
 from baton.engine.weights import LayerWeights, ModelWeights
 from baton.kernels.activation import silu_and_mul
-from baton.kernels.attention import (
-    DecodePlan,
-    PrefillPlan,
-    decode_attention,
-    plan_decode,
-    plan_prefill,
-    prefill_attention,
-)
+from baton.kernels.decode_attention import DecodePlan, decode_attention, plan_decode
 from baton.kernels.kv_write import clear_slots, kv_write_rows, write_kv
+from baton.kernels.prefill_attention import PrefillPlan, plan_prefill, prefill_attention
 from baton.kernels.rms_norm import add_rms_norm_, head_rms_norm, rms_norm
 from baton.kernels.rotary import apply_rotary_
 
