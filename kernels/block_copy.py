@@ -62,8 +62,9 @@ def copy_blocks_triton(
 ) -> None:
     """`copy_blocks` on the device of `dst`, where both lists of slots lie.
 
-    `src` may lie on another GPU whose memory this process may read: torch lets it after its first
-    own copy between the two, CUDA IPC on opening a handle. `num_programs` bounds the programs, four
+    `src` may lie on another GPU whose memory kernels here may read: `open_peer` lets them, and so
+    does CUDA IPC on opening a handle. What wrote `src` has ended: streams of two GPUs do not wait
+    for each other. `num_programs` bounds the programs, four
     of which fill a multiprocessor, to leave the others to a model. The kernel trusts the slots.
     """
     start, to, length = _span(src, dst, byte_range, dst_start)
@@ -96,6 +97,14 @@ def copy_blocks_triton(
             num_warps=max(1, chunk // (32 * BYTES_PER_THREAD)),
             launch_pdl=pdl,
         )
+
+
+def open_peer(device: torch.device, peer: torch.device) -> None:
+    """Let kernels on `device` read the memory of `peer`, another GPU that it can reach.
+
+    Access has a direction: torch opens it for the source of its first copy between the two.
+    """
+    torch.zeros(1, device=device).to(peer)
 
 
 def _span(

@@ -16,6 +16,8 @@ from typing import Any, Final
 
 import torch
 
+from baton.common.errors import ConfigError
+
 HAS_TRITON: Final = find_spec("triton") is not None
 
 
@@ -30,7 +32,10 @@ class _Missing:
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def launch(*_arguments: Any, **_options: Any) -> None:
-            raise RuntimeError("Triton is not installed; pip install 'kvbaton[cuda]'")
+            raise ConfigError(
+                "a Triton kernel was to be launched, but Triton is not installed here; "
+                "pip install 'kvbaton[cuda]', or run on the CPU"
+            )
 
         return launch
 

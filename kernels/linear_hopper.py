@@ -4,8 +4,9 @@
 
 A program owns a tile of BN weight rows and one of `splits` ranges of K:
 
-    producer warp    | W0 .. W(STAGES-1) | wait for the kernel before | x0 .. | W x | W x | ...
-    consumer warps                                       | W0 x0 | W1 x1 | ...           | epilogue
+    a producer warp      | W0 W1 .. until its ring is full ..................... | W | W | ...
+    another              | wait for the kernel before | x0 x1 .. | x | x | ...
+    consumer warps                                        | W0 x0 | W1 x1 | ...  | epilogue
 
 1. The weight tile is the left operand of the tensor core (64 rows an instruction) and the few
    tokens are the right one, so that 8 tokens cost no more than the memory gives.
@@ -36,7 +37,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from baton.kernels.jit import cdiv, next_power_of_2
 
 MAX_TOKENS: Final = 64
-BLOCK_K: Final = 64
 # One program on each multiprocessor of an H100 or H200.
 RESIDENT: Final = 132
 MAX_TILES: Final = 4096
@@ -45,13 +45,28 @@ MAX_PARTIALS: Final = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class LinearConfig:
-    """How one shape is cut: weight rows per program, ranges of K, depth of the ring."""
+    """How one shape is cut: weight rows and K of a stage, ranges of K, stages of both rings."""
 
     block_n: int
+    block_k: int
     splits: int
-    stages: int
+    w_stages: int
+    x_stages: int
     num_warps: int = 4
-    max_registers: int | None = None
+
+
+# By tokens (a power of two), weight rows and depth.
+# fmt: off
+MEASURED: Final[dict[tuple[int, int, int], LinearConfig]] = {
+}
+# fmt: on
+# Weight rows and K of a stage, stages of weights and of tokens.
+USUAL: Final = {
+    8: (128, 128, 6, 4),
+    16: (128, 64, 12, 8),
+    32: (64, 64, 16, 10),
+    64: (64, 64, 13, 13),
+}
 
 
 @gluon.jit
@@ -74,42 +89,56 @@ def _gdc_launch_dependents():
 
 
 @gluon.jit
-def _produce(w_desc, x_desc, w_ring, x_ring, full, empty, first_row, first_k, num_steps):
-    STAGES: gl.constexpr = w_ring.shape[0]
-    BLOCK_K: gl.constexpr = w_desc.block_type.shape[1]
-    BYTES: gl.constexpr = w_desc.block_type.nbytes + x_desc.block_type.nbytes
-    ahead = gl.minimum(num_steps, STAGES)
-    for step in range(ahead):
-        bar = full.index(step)
-        mbarrier.expect(bar, BYTES)
-        k = (first_k + step) * BLOCK_K
-        tma.async_copy_global_to_shared(w_desc, [first_row, k], bar, w_ring.index(step))
-    _gdc_wait()
-    for step in range(ahead):
-        k = (first_k + step) * BLOCK_K
-        tma.async_copy_global_to_shared(x_desc, [0, k], full.index(step), x_ring.index(step))
-    for step in range(STAGES, num_steps):
-        stage = step % STAGES
-        mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-        bar = full.index(stage)
-        mbarrier.expect(bar, BYTES)
-        k = (first_k + step) * BLOCK_K
-        tma.async_copy_global_to_shared(w_desc, [first_row, k], bar, w_ring.index(stage))
-        tma.async_copy_global_to_shared(x_desc, [0, k], bar, x_ring.index(stage))
+def _depth_of(step, tile, first_k, num_steps, BLOCK_K: gl.constexpr):
+    """Where a step reads along K. Programs begin in different places: in lockstep all of them would
+    ask the same few banks of the L2 for the same tokens."""
+    return (first_k + (step + tile) % num_steps) * BLOCK_K
 
 
 @gluon.jit
-def _consume(w_ring, x_ring, full, empty, num_steps, acc):
+def _stream_weights(w_desc, w_ring, w_full, empty, tile, first_k, num_steps):
     STAGES: gl.constexpr = w_ring.shape[0]
+    BLOCK_K: gl.constexpr = w_desc.block_type.shape[1]
     for step in range(num_steps):
         stage = step % STAGES
-        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-        acc = warpgroup_mma(
-            w_ring.index(stage), x_ring.index(stage).permute((1, 0)), acc, is_async=True
-        )
-        # One product stays in flight; the stage of the one before it is free.
+        # Passes at once in the first round, in which every stage is empty.
+        mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+        bar = w_full.index(stage)
+        mbarrier.expect(bar, w_desc.block_type.nbytes)
+        k = _depth_of(step, tile, first_k, num_steps, BLOCK_K)
+        at = [tile * w_desc.block_type.shape[0], k]
+        tma.async_copy_global_to_shared(w_desc, at, bar, w_ring.index(stage))
+
+
+@gluon.jit
+def _stream_tokens(x_desc, x_ring, x_full, empty, tile, first_k, num_steps):
+    """A step empties a stage of both rings, and says so once: on the barrier of the weights."""
+    STAGES: gl.constexpr = x_ring.shape[0]
+    W_STAGES: gl.constexpr = empty.shape[0]
+    BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
+    _gdc_wait()
+    for step in range(num_steps):
+        emptied = gl.maximum(step - STAGES, 0)
+        is_round = step >= STAGES
+        mbarrier.wait(empty.index(emptied % W_STAGES), (emptied // W_STAGES) & 1, pred=is_round)
+        bar = x_full.index(step % STAGES)
+        mbarrier.expect(bar, x_desc.block_type.nbytes)
+        k = _depth_of(step, tile, first_k, num_steps, BLOCK_K)
+        tma.async_copy_global_to_shared(x_desc, [0, k], bar, x_ring.index(step % STAGES))
+
+
+@gluon.jit
+def _consume(w_ring, x_ring, w_full, x_full, empty, num_steps, acc):
+    W_STAGES: gl.constexpr = w_ring.shape[0]
+    X_STAGES: gl.constexpr = x_ring.shape[0]
+    for step in range(num_steps):
+        mbarrier.wait(x_full.index(step % X_STAGES), (step // X_STAGES) & 1)
+        mbarrier.wait(w_full.index(step % W_STAGES), (step // W_STAGES) & 1)
+        x_tile = x_ring.index(step % X_STAGES).permute((1, 0))
+        acc = warpgroup_mma(w_ring.index(step % W_STAGES), x_tile, acc, is_async=True)
+        # One product stays in flight; the stages of the one before it are free.
         acc = warpgroup_mma_wait(1, deps=[acc])
-        before = gl.maximum(step - 1, 0) % STAGES
+        before = gl.maximum(step - 1, 0) % W_STAGES
         mbarrier.arrive(empty.index(before), pred=step > 0)
     acc = warpgroup_mma_wait(0, deps=[acc])
     return (acc,)
@@ -142,7 +171,8 @@ def _linear_kernel(
     width,
     num_steps,
     splits,
-    STAGES: gl.constexpr,
+    W_STAGES: gl.constexpr,
+    X_STAGES: gl.constexpr,
     HAS_SPLITS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     PDL: gl.constexpr,
@@ -159,13 +189,16 @@ def _linear_kernel(
     first = split * num_steps // splits
     steps = (split + 1) * num_steps // splits - first
 
-    w_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], w_desc.layout)
-    x_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
+    w_ring = gl.allocate_shared_memory(dtype, [W_STAGES, BLOCK_N, BLOCK_K], w_desc.layout)
+    x_ring = gl.allocate_shared_memory(dtype, [X_STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
+    w_full = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
+    x_full = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(W_STAGES):
+        mbarrier.init(w_full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=1)
+    for stage in gl.static_range(X_STAGES):
+        mbarrier.init(x_full.index(stage), count=1)
 
     mma: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, BLOCK_M, 16]
@@ -173,39 +206,53 @@ def _linear_kernel(
     acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=mma)
     (acc,) = gl.warp_specialize(
         [
-            (_consume, (w_ring, x_ring, full, empty, steps, acc)),
-            (_produce, (w_desc, x_desc, w_ring, x_ring, full, empty, tile * BLOCK_N, first, steps)),
+            (_consume, (w_ring, x_ring, w_full, x_full, empty, steps, acc)),
+            (_stream_weights, (w_desc, w_ring, w_full, empty, tile, first, steps)),
+            (_stream_tokens, (x_desc, x_ring, x_full, empty, tile, first, steps)),
         ],
-        [1],
-        [24],
+        [1, 1],
+        [24, 24],
     )
-
     is_last = True
     if HAS_SPLITS:
-        of_tile = partials + tile * (splits * BLOCK_N * BLOCK_M)
-        cell = _thread_order(BLOCK_N, BLOCK_M, mma)
-        gl.store(of_tile + split * (BLOCK_N * BLOCK_M) + cell, acc)
-        gl.thread_barrier()
-        before = gl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu")
-        is_last = before == splits - 1
-        if is_last:
-            acc = gl.load(of_tile + cell, cache_modifier=".cg")
-            for other in range(1, splits):
-                at = of_tile + other * (BLOCK_N * BLOCK_M) + cell
-                acc += gl.load(at, cache_modifier=".cg")
-            gl.store(counters + tile, 0)
+        acc, is_last = _reduce(acc, partials, counters, tile, split, splits)
     if is_last:
-        # Rows of `out` run along weight rows, so a thread takes 8 of them: 16 bytes.
-        lanes: gl.constexpr = gl.constexpr(min(BLOCK_N // 8, 16))
-        rows: gl.constexpr = gl.BlockedLayout([8, 1], [lanes, 32 // lanes], [1, num_warps], [0, 1])
-        value = gl.convert_layout(acc.to(dtype), rows)
-        n = tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, rows))
-        m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, rows))
-        if HAS_BIAS:
-            added = gl.load(bias + n, mask=n < width, other=0.0)
-            value = (value.to(gl.float32) + added[:, None].to(gl.float32)).to(dtype)
-        mask = (n[:, None] < width) & (m[None, :] < num_tokens)
-        gl.store(out + m[None, :].to(gl.int64) * width + n[:, None], value, mask=mask)
+        _store(acc, out, bias, tile, num_tokens, width, dtype, HAS_BIAS)
+
+
+@gluon.jit
+def _reduce(acc, partials, counters, tile, split, splits):
+    """The sum over all splits, in their order, in the last program of a tile to come here."""
+    SIZE: gl.constexpr = acc.shape[0] * acc.shape[1]
+    of_tile = partials + tile * (splits * SIZE)
+    mma: gl.constexpr = acc.type.layout
+    cell = _thread_order(acc.shape[0], acc.shape[1], mma)
+    gl.store(of_tile + split * SIZE + cell, acc)
+    gl.thread_barrier()
+    before = gl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu")
+    is_last = before == splits - 1
+    if is_last:
+        acc = gl.load(of_tile + cell, cache_modifier=".cg")
+        for other in range(1, splits):
+            acc += gl.load(of_tile + other * SIZE + cell, cache_modifier=".cg")
+        gl.store(counters + tile, 0)
+    return acc, is_last
+
+
+@gluon.jit
+def _store(acc, out, bias, tile, num_tokens, width, dtype: gl.constexpr, HAS_BIAS: gl.constexpr):
+    """Rows of `out` run along weight rows, so a thread takes 8 of them: 16 bytes."""
+    BLOCK_N: gl.constexpr = acc.shape[0]
+    LANES: gl.constexpr = gl.constexpr(min(BLOCK_N // 8, 16))
+    rows: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, gl.num_warps()], [0, 1])
+    n = tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, rows))
+    m = gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, rows))
+    if HAS_BIAS:
+        row = tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, acc.type.layout))
+        acc += gl.load(bias + row, mask=row < width, other=0.0).to(gl.float32)[:, None]
+    value = gl.convert_layout(acc.to(dtype), rows)
+    mask = (n[:, None] < width) & (m[None, :] < num_tokens)
+    gl.store(out + m[None, :].to(gl.int64) * width + n[:, None], value, mask=mask)
 
 
 class LinearWorkspace:
@@ -257,20 +304,29 @@ def linear_hopper(
         tiles * config.splits * config.block_n * block_m <= MAX_PARTIALS
     ), "the workspace holds all partial sums"
     box: Any = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    w_desc = TensorDescriptor.from_tensor(weight, [config.block_n, BLOCK_K], box)
-    x_desc = TensorDescriptor.from_tensor(x, [block_m, BLOCK_K], box)
+    w_desc = TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k], box)
+    x_desc = TensorDescriptor.from_tensor(x, [block_m, config.block_k], box)
     _linear_kernel[(tiles, config.splits)](
         w_desc, x_desc, out, bias if bias is not None else out, workspace.partials,
-        workspace.counters, num_tokens, width, cdiv(depth, BLOCK_K), config.splits,
-        STAGES=config.stages, HAS_SPLITS=config.splits > 1, HAS_BIAS=bias is not None, PDL=True,
-        num_warps=config.num_warps, maxnreg=config.max_registers, launch_pdl=True,
+        workspace.counters, num_tokens, width, cdiv(depth, config.block_k), config.splits,
+        W_STAGES=config.w_stages, X_STAGES=config.x_stages,
+        HAS_SPLITS=config.splits > 1, HAS_BIAS=bias is not None, PDL=True,
+        num_warps=config.num_warps, launch_pdl=True,
     )  # fmt: skip
     return out
 
 
 def choose_config(num_tokens: int, width: int, depth: int) -> LinearConfig:
-    """One program on each multiprocessor with all its shared memory as a ring, as was measured to
-    be fastest: bytes in flight count, not programs. Few tiles are split over K to fill the chip."""
-    tiles = cdiv(width, 64)
-    splits = max(1, min(RESIDENT // tiles, cdiv(depth, BLOCK_K) // 4))
-    return LinearConfig(64, splits, 12 if num_tokens > 16 else 16)
+    """As measured for the shapes of Llama-3.1-8B; elsewhere what was best for most of them.
+
+    One program on each multiprocessor with all its shared memory as rings: bytes in flight count,
+    not programs. Few tiles are split over K to fill the chip.
+    """
+    block_m = max(8, next_power_of_2(num_tokens))
+    config = MEASURED.get((block_m, width, depth))
+    if config is not None:
+        return config
+    block_n, block_k, w_stages, x_stages = USUAL[block_m]
+    tiles = cdiv(width, block_n)
+    splits = max(1, min(RESIDENT // tiles, cdiv(depth, block_k) // 2))
+    return LinearConfig(block_n, block_k, splits, w_stages, x_stages)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.kernel_checks import DEVICE, needs_gpu, needs_triton
 
-from baton.kernels.block_copy import CHUNK_BYTES, copy_blocks, copy_blocks_triton
+from baton.kernels.block_copy import CHUNK_BYTES, copy_blocks, copy_blocks_triton, open_peer
 
 # Bytes of a block: one unit, no power of two, a chunk, a chunk and a unit, several chunks.
 BLOCK_BYTES = [16, 48, 4096, CHUNK_BYTES, CHUNK_BYTES + 16, 3 * CHUNK_BYTES + 80]
@@ -97,9 +97,10 @@ def test_no_blocks_are_no_work() -> None:
 def test_from_a_peer() -> None:
     if torch.cuda.device_count() < 2 or not torch.cuda.can_device_access_peer(0, 1):
         pytest.skip("one GPU, or none that reads the other's memory")
-    src = arena(9, 1 << 20).to("cuda:1")
-    dst = arena(9, 1 << 20).to("cuda:0")
-    dst[0].copy_(src[0])  # From here on torch has opened the other's memory.
+    here, there = torch.device("cuda", 0), torch.device("cuda", 1)
+    src = arena(9, 1 << 20).cpu().to(there)
+    dst = arena(9, 1 << 20)
+    open_peer(here, there)
     torch.cuda.synchronize(1)
     read, written = slots(8, 2, 5).to("cuda:0"), slots(1, 0, 7).to("cuda:0")
     copy_blocks_triton(src, read, dst, written, num_programs=32)
