@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.set-up
 PROTOS := $(wildcard protos/baton/v1/*.proto)
 EXTRAS ?= cpu,nixl-cu12,dev
+# Of the host that `make gpu-bundle` packs for.
+GPU_PYTHON ?= 3.12
+GPU_NIXL ?= nixl-cu13==1.5.1
 
 # The first Python that is new enough; PYTHON=... names another.
 PYTHON ?= $(shell for name in python3.11 python3.12 python3; do \
@@ -12,7 +15,8 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3; do \
 	&& { command -v "$$name"; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint fmt types protos protos-fresh evaluate bench-overhead clean
+.PHONY: help setup demo test lint fmt types protos protos-fresh evaluate bench-overhead \
+	gpu-bundle clean
 
 help:  ## what each target does
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -75,6 +79,9 @@ evaluate: $(READY)  ## the exam of baton-tiny, as a table
 
 bench-overhead: $(READY)  ## what a cluster adds to the engine's own time
 	$(BIN)/python -P benchmarks/overhead.py $(ARGS)
+
+gpu-bundle: $(READY)  ## what a GPU host without network lacks, in parts
+	$(BIN)/python -P benchmarks/gpu_bundle.py --python $(GPU_PYTHON) --nixl $(GPU_NIXL) $(ARGS)
 
 clean:  ## remove what make and the tools made
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -57,9 +57,14 @@ def build_app() -> App:
     model.command(
         f"{verbs}.model:inspect", name="inspect", help="What a model is and what its KV takes."
     )
-    bench = _group(app, "bench", "Measure a running cluster.")
+    bench = _group(app, "bench", "Measure a running cluster, or the kernels alone.")
     bench.command(
         f"{verbs}.bench:recall", name="recall", help="Whether answers are right, and how soon."
+    )
+    bench.command(
+        f"{verbs}.bench_kernels:bench_kernels",
+        name="kernels",
+        help="What the kernels reach on this GPU, against its limits.",
     )
     app.command(f"{verbs}.version:show_version", name="version", help="The versions in use.")
     return app

@@ -1,0 +1,63 @@
+"""`python -m baton.kernels.bench`: `baton bench kernels` where only torch and Triton are installed.
+
+From a checkout: PYTHONPATH=typings python -m baton.kernels.bench --out figures.json
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from baton.common.errors import BatonError
+from baton.kernels.bench.figures import missed, plain_table, shown
+from baton.kernels.bench.runner import (
+    DEFAULT_BUDGET_S,
+    GROUPS,
+    chosen_groups,
+    run_groups,
+    start_report,
+)
+
+
+def main(arguments: list[str]) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        return _bench(options)
+    except BatonError as error:
+        sys.stderr.write(f"error: {error.message}\n")
+        return 1
+
+
+def _bench(options: argparse.Namespace) -> int:
+    names = chosen_groups(options.only)
+    report = start_report(budget_s=options.budget, commit=options.commit)
+    if options.out is not None:
+        report.write(options.out)
+    try:
+        for figure in run_groups(report, names, _say):
+            ratio = "" if figure.ratio is None else f", ratio {figure.ratio:.3f}"
+            _say(f"  {figure.name}: {shown(figure.achieved, figure.unit)}{ratio}")
+            if options.out is not None:
+                report.write(options.out)
+    finally:
+        # A group that fails takes none of the figures before it along.
+        sys.stdout.write(plain_table(report.figures))
+    return 1 if options.strict and missed(report.figures) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m baton.kernels.bench", description=__doc__)
+    parser.add_argument("--only", default="", help=f"some of {','.join(GROUPS)}")
+    parser.add_argument("--budget", type=float, default=DEFAULT_BUDGET_S, help="s per figure")
+    parser.add_argument("--out", type=Path, help="a file for the JSON")
+    parser.add_argument("--commit", default="", help="of the code, where there is no git")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if a target is missed")
+    return parser
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
