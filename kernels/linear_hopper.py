@@ -58,6 +58,18 @@ class LinearConfig:
 # By tokens (a power of two), weight rows and depth.
 # fmt: off
 MEASURED: Final[dict[tuple[int, int, int], LinearConfig]] = {
+    (8, 6144, 4096): LinearConfig(128, 128, 2, 6, 6),
+    (8, 4096, 4096): LinearConfig(128, 128, 4, 6, 6),
+    (8, 28672, 4096): LinearConfig(128, 128, 1, 6, 4),
+    (8, 4096, 14336): LinearConfig(128, 128, 4, 6, 6),
+    (16, 6144, 4096): LinearConfig(64, 128, 1, 10, 10),
+    (16, 4096, 4096): LinearConfig(64, 128, 2, 10, 10),
+    (16, 28672, 4096): LinearConfig(128, 128, 1, 6, 4),
+    (16, 4096, 14336): LinearConfig(64, 128, 2, 10, 10),
+    (64, 6144, 4096): LinearConfig(64, 64, 1, 13, 13),
+    (64, 4096, 4096): LinearConfig(64, 64, 2, 13, 13),
+    (64, 28672, 4096): LinearConfig(128, 64, 1, 9, 9),
+    (64, 4096, 14336): LinearConfig(64, 64, 2, 13, 13),
 }
 # fmt: on
 # Weight rows and K of a stage, stages of weights and of tokens.
