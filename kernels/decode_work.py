@@ -30,7 +30,7 @@ LONGEST_SHARE: Final = 0.75
 # of what each would have if so many ran at a time: two on each of 132 multiprocessors.
 RESIDENT_PROGRAMS: Final = 264
 # Else segments are, where there are so many. What is left is a few short rows: blocks are.
-SEGMENT_PROGRAMS: Final = 128
+SEGMENT_PROGRAMS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
