@@ -90,8 +90,9 @@ def main() -> None:
             f"{(size_of(site) - base) / MIB:.0f} MiB ({whole / MIB:.0f} as it comes)\n"
             f"redis   {size_of(stage / 'redis') / MIB:.0f} MiB, a server and its libraries"
         )
-        shutil.rmtree(options.out, ignore_errors=True)
-        options.out.mkdir(parents=True)
+        options.out.mkdir(parents=True, exist_ok=True)
+        for old in options.out.glob("part-*.tar.gz"):
+            old.unlink()
         parts = pack(stage, options.out, options.part_mib * MIB)
     (options.out / "README.txt").write_text(README.format(python=options.python, contents=contents))
     (options.out / "unpack.sh").write_text(UNPACK)

@@ -17,6 +17,7 @@ from baton.kernels.jit import (
     gdc_launch_dependents,
     gdc_wait,
     next_power_of_2,
+    num_multiprocessors,
     tl,
     triton,
 )
@@ -46,6 +47,7 @@ def copy_blocks(
     of `dst`, is its own start unless given. Without a range whole blocks of equal bytes are copied.
     All numbers of bytes are multiples of 16.
     """
+    assert src_slots.shape == dst_slots.shape, "a source for each destination"
     start, to, length = _span(src, dst, byte_range, dst_start)
     chosen = _bytes(src)[src_slots.long().to(src.device), start : start + length]
     _bytes(dst)[dst_slots.long().to(dst.device), to : to + length] = chosen.to(dst.device)
@@ -139,8 +141,7 @@ def _words(arena: torch.Tensor) -> torch.Tensor:
 def _default_programs(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED_PROGRAMS
-    properties = torch.cuda.get_device_properties(device)
-    return PROGRAMS_PER_MULTIPROCESSOR * properties.multi_processor_count
+    return PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(device)
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

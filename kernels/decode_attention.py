@@ -120,7 +120,8 @@ def decode_attention_triton(
     """`decode_attention` over int32 `block_table_SN`; entries past a context are never read.
 
     Heads of `q_SHD` follow each other, its rows may be a slice of wider ones. An empty row is 0,
-    its lse -inf. `scale` is positive.
+    its lse -inf (the reference has NaN); rows that the plan does not know, such as a graph's
+    padding, are not written. `scale` is positive.
     """
     num_rows, num_heads, head_dim = q_SHD.shape
     num_kv_heads, block_size = arena.shape[1], arena.shape[4]
@@ -134,6 +135,7 @@ def decode_attention_triton(
     if lse_out is not None:
         assert lse_out.is_contiguous(), "rows follow each other"
         assert lse_out.dtype == torch.float32, "lse is fp32"
+    assert work.pieces.shape[1:] == (num_heads, head_dim), "planned for these heads"
     if num_rows == 0 or work.num_items == 0:
         return out
     group = num_heads // num_kv_heads

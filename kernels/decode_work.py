@@ -1,7 +1,7 @@
 """Which tokens each program of a decode step attends to, worked out once for all layers.
 
-A row's sums have one order, whatever its batch: a block of 128 tokens makes a softmax state, a
-segment of 512 folds those of its blocks from left to right, a row folds those of its segments.
+A row's sums have one order, whatever its batch: a block of 64 tokens makes a softmax state, a
+segment of 1,024 folds those of its blocks from left to right, a row folds those of its segments.
 Blocks and segments lie at multiples of their sizes. How a step's rows are spread over programs
 (arXiv:2311.01282) is therefore free, in one of three grains: whole rows, segments, blocks. What is
 less than a row leaves its state as a piece, and a merge does the folds that remain.
@@ -135,6 +135,7 @@ def plan_decode_work(
             len(items), len(merges), num_pieces, num_heads, head_dim,
             device=device, window=window, block=block, segment=segment,
         )  # fmt: skip
+    assert into.pieces.shape[1:] == (num_heads, head_dim), "reserved for these heads"
     assert into.window == window, "a graph keeps the window that it was captured with"
     assert (into.block, into.segment) == (block, segment), "a row's bits depend on them"
     assert len(items) <= into.num_items, "more items than reserved"

@@ -19,8 +19,13 @@ ELEMENTS_PER_THREAD = 32
 
 
 def embedding(token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Rows `[T, D]` of the `table` `[vocab, D]` for `token_ids` int32 or int64 `[T]`."""
-    return F.embedding(token_ids, table)
+    """Rows `[T, D]` of the `table` `[vocab, D]` for `token_ids` int32 or int64 `[T]`.
+
+    Zeros for a negative id: a sampler's word for "no token is possible", which may be fed on before
+    the host has seen it.
+    """
+    rows = F.embedding(token_ids.clamp_min(0), table)
+    return rows.masked_fill_((token_ids < 0)[:, None], 0.0)
 
 
 def embedding_triton(
@@ -28,8 +33,8 @@ def embedding_triton(
 ) -> torch.Tensor:
     """`embedding`; all tensors are contiguous.
 
-    The kernel does not look whether an id is in the vocabulary: ids of a prompt are checked where
-    the request comes in, and a sampler draws no others. A wrong one reads foreign memory.
+    The kernel does not look whether an id is below the vocabulary's size: ids of a prompt are
+    checked where the request comes in, and a sampler draws no others.
     """
     width = table.shape[1]
     if out is None:
@@ -77,5 +82,5 @@ def _embedding_kernel(
     feature = (tl.program_id(0) % NUM_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
     mask = feature < WIDTH
     row = tl.load(token_ids + token).to(tl.int64)
-    value = tl.load(table + row * WIDTH + feature, mask=mask)
+    value = tl.load(table + row * WIDTH + feature, mask=mask & (row >= 0), other=0.0)
     tl.store(out + token.to(tl.int64) * WIDTH + feature, value, mask=mask)

@@ -60,6 +60,11 @@ def can_overlap_launches(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
 
 
+def num_multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def cdiv(a: int, b: int) -> int:
     """Division rounded up, on the host."""
     return -(-a // b)

@@ -1,9 +1,9 @@
 """A linear layer: out[M, N] = x[M, K] @ weight[N, K].T (+ bias[N]).
 
-For few tokens the time is that of reading the weight once. `linear_cuda` picks by shape, as it was
-measured (`baton bench kernels`): the streaming kernel of `linear_hopper` for up to 64 tokens on
-Hopper, cuBLAS for the rest. `linear_triton` is the streaming kernel's twin in plain Triton: it runs
-on any device and under the interpreter.
+For few tokens the time is that of reading the weight once. `linear_cuda` takes the streaming kernel
+of `linear_hopper` for up to 64 tokens on Hopper, where a step's layers in turn are faster by it
+(`baton bench kernels`), and cuBLAS for the rest. `linear_triton` is the streaming kernel's twin in
+plain Triton: it runs on any device and under the interpreter.
 """
 
 from typing import TYPE_CHECKING, Final
@@ -33,17 +33,33 @@ def linear_cuda(
     bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`linear` on a GPU by the fastest kernel for the shape; the choice depends on shapes alone."""
+    """`linear` on a GPU: the streaming kernel for what it takes, cuBLAS for the rest.
+
+    `weight` was complete before the kernel ahead of this one was launched: it is read without
+    waiting for that kernel (see `linear_hopper`).
+    """
     # Not imported above: without a GPU nothing of NVIDIA's dialect is loaded.
     from baton.kernels.linear_hopper import can_stream, linear_hopper
 
-    if can_stream(x, weight):
+    if can_stream(x, weight) and (out is None or out.is_contiguous()):
         return linear_hopper(x, weight, workspace, bias=bias, out=out)
     if out is None:
         return F.linear(x, weight, bias)
     if bias is None:
         return torch.mm(x, weight.t(), out=out)
     return torch.addmm(bias, x, weight.t(), out=out)
+
+
+def check_linear_arguments(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    """What our kernels take for granted of shapes."""
+    assert weight.shape[1] == x.shape[1], "both are as deep"
+    assert out.shape == (x.shape[0], weight.shape[0]), "a number for each token and weight row"
+    assert out.is_contiguous(), "tokens follow each other"
+    if bias is not None:
+        assert bias.shape == (weight.shape[0],), "a number for each weight row"
+        assert bias.is_contiguous(), "numbers follow each other"
 
 
 def linear_triton(
@@ -56,11 +72,11 @@ def linear_triton(
     """`linear`, summed in fp32; x and weight are contiguous, M is any number."""
     num_tokens, depth = x.shape
     width = weight.shape[0]
-    assert weight.shape[1] == depth, "both are as deep"
     assert x.is_contiguous(), "rows follow each other"
     assert weight.is_contiguous(), "rows follow each other"
     if out is None:
         out = x.new_empty(num_tokens, width)
+    check_linear_arguments(x, weight, bias, out)
     if num_tokens == 0:
         return out
     block_m = min(max(16, next_power_of_2(num_tokens)), 64)

@@ -10,10 +10,11 @@ A program owns a tile of BN weight rows and one of `splits` ranges of K:
 
 1. The weight tile is the left operand of the tensor core (64 rows an instruction) and the few
    tokens are the right one, so that 8 tokens cost no more than the memory gives.
-2. All programs are resident at once and do equal work: whoever shares a saturated memory evenly
-   ends together, whatever the number of programs per multiprocessor.
+2. A program takes a multiprocessor with nearly all of its shared memory: bytes in flight are what
+   counts. Where tiles are fewer than multiprocessors, K is split until they are not.
 3. Weights depend on no other kernel, so the ring is filled before `griddepcontrol.wait`: with
-   programmatic dependent launch the next kernel's weights flow while this one drains.
+   programmatic dependent launch the next kernel's weights flow while this one drains. Whoever
+   changes weights synchronises before the next product.
 4. With several splits each program leaves its fp32 tile in the workspace; the last one of a tile
    adds them in the order of the splits, so the result does not depend on who was last.
 
@@ -35,6 +36,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from baton.kernels.jit import cdiv, next_power_of_2
+from baton.kernels.linear import check_linear_arguments
 
 MAX_TOKENS: Final = 64
 # One program on each multiprocessor of an H100 or H200.
@@ -283,9 +285,13 @@ def can_stream(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and x.dtype == weight.dtype
         and x.dtype in (torch.float16, torch.bfloat16)
         and 0 < x.shape[0] <= MAX_TOKENS
-        and x.shape[1] % 8 == 0
+        and weight.numel() > 0
         and x.is_contiguous()
         and weight.is_contiguous()
+        # Tensor copies start at multiples of 16 bytes.
+        and x.shape[1] % 8 == 0
+        and x.data_ptr() % 16 == 0
+        and weight.data_ptr() % 16 == 0
     )
 
 
@@ -309,18 +315,25 @@ def linear_hopper(
         out = x.new_empty(num_tokens, width)
     if config is None:
         config = choose_config(num_tokens, width, depth)
+    check_linear_arguments(x, weight, bias, out)
     block_m = max(8, next_power_of_2(num_tokens))
     tiles = cdiv(width, config.block_n)
+    num_steps = cdiv(depth, config.block_k)
+    assert config.splits <= num_steps, "each program has a step, and waits for its tokens"
+    assert config.x_stages <= config.w_stages, "tokens may not be two rounds behind their barrier"
     assert tiles <= MAX_TILES or config.splits == 1, "a counter for each tile"
     assert config.splits == 1 or (
         tiles * config.splits * config.block_n * block_m <= MAX_PARTIALS
     ), "the workspace holds all partial sums"
     box: Any = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    w_desc = TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k], box)
-    x_desc = TensorDescriptor.from_tensor(x, [block_m, config.block_k], box)
+    # A single row may have any stride.
+    strides = [depth, 1]
+    w_box, x_box = [config.block_n, config.block_k], [block_m, config.block_k]
+    w_desc = TensorDescriptor(weight, [width, depth], strides, w_box, box)
+    x_desc = TensorDescriptor(x, [num_tokens, depth], strides, x_box, box)
     _linear_kernel[(tiles, config.splits)](
         w_desc, x_desc, out, bias if bias is not None else out, workspace.partials,
-        workspace.counters, num_tokens, width, cdiv(depth, config.block_k), config.splits,
+        workspace.counters, num_tokens, width, num_steps, config.splits,
         W_STAGES=config.w_stages, X_STAGES=config.x_stages,
         HAS_SPLITS=config.splits > 1, HAS_BIAS=bias is not None, PDL=True,
         num_warps=config.num_warps, launch_pdl=True,
@@ -329,11 +342,7 @@ def linear_hopper(
 
 
 def choose_config(num_tokens: int, width: int, depth: int) -> LinearConfig:
-    """As measured for the shapes of Llama-3.1-8B; elsewhere what was best for most of them.
-
-    One program on each multiprocessor with all its shared memory as rings: bytes in flight count,
-    not programs. Few tiles are split over K to fill the chip.
-    """
+    """As measured for the shapes of Llama-3.1-8B; elsewhere what was best for most of them."""
     block_m = max(8, next_power_of_2(num_tokens))
     config = MEASURED.get((block_m, width, depth))
     if config is not None:

@@ -11,7 +11,7 @@ nothing else of a row is touched. For each listed token, in the order of `baton.
 in fp32, each step rounded, and the result rounded once to the dtype of the logits.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -70,6 +70,8 @@ def edit_logits_triton(logits: torch.Tensor, edits: LogitEdits) -> torch.Tensor:
     """`edit_logits` without looking at the edits on the host; rows of `logits` may be apart."""
     assert logits.stride(1) == 1, "tokens of a row follow each other"
     num_rows = edits.rows.shape[0]
+    for field in fields(edits):
+        assert getattr(edits, field.name).is_contiguous(), "entries follow each other"
     if not num_rows:
         return logits
     pdl = can_overlap_launches(logits)

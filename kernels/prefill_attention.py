@@ -135,6 +135,29 @@ def _prefill_lse(
     return (scores_HQC + bias.float()).logsumexp(-1).T
 
 
+def check_prefill_arguments(
+    q_THD: torch.Tensor,
+    arena: torch.Tensor,
+    block_table_SN: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    lse_out: torch.Tensor | None,
+) -> None:
+    """What both kernels take for granted."""
+    assert q_THD.stride()[1:] == (q_THD.shape[2], 1), "a token's heads follow each other"
+    assert q_THD.dtype == arena.dtype, "products are of one dtype"
+    assert arena.is_contiguous(), "places are counted"
+    assert out.is_contiguous(), "tokens follow each other"
+    assert out.shape == q_THD.shape, "a result for each query"
+    assert block_table_SN.dtype == torch.int32, "slots are int32 on the device"
+    assert block_table_SN.stride(1) == 1, "a row's slots follow each other"
+    assert scale > 0, "the largest score stays the largest"
+    if lse_out is not None:
+        assert lse_out.is_contiguous(), "tokens follow each other"
+        assert lse_out.shape == q_THD.shape[:2], "a number for each query and head"
+        assert lse_out.dtype == torch.float32, "lse is fp32"
+
+
 def prefill_attention_triton(
     q_THD: torch.Tensor,
     arena: torch.Tensor,
@@ -156,15 +179,7 @@ def prefill_attention_triton(
     num_heads, head_dim = q_THD.shape[1:]
     num_kv_heads, block_size = arena.shape[1], arena.shape[4]
     out = q_THD.new_empty(q_THD.shape) if out is None else out
-    assert q_THD.stride()[1:] == (head_dim, 1), "a token's heads follow each other"
-    assert out.is_contiguous(), "tokens follow each other"
-    assert out.shape == q_THD.shape, "a result for each query"
-    assert block_table_SN.dtype == torch.int32, "slots are int32 on the device"
-    assert block_table_SN.stride(1) == 1, "a row's slots follow each other"
-    assert scale > 0, "the largest score stays the largest"
-    if lse_out is not None:
-        assert lse_out.is_contiguous(), "tokens follow each other"
-        assert lse_out.dtype == torch.float32, "lse is fp32"
+    check_prefill_arguments(q_THD, arena, block_table_SN, scale, out, lse_out)
     if len(work.tiles) == 0:
         return out
     layer_kv = layer_view(arena, layer)

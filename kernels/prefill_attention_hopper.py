@@ -13,7 +13,8 @@ One warpgroup's softmax hides behind its own product with V and behind the other
 The shape is that of FlashAttention-3 (arXiv:2407.08608), made for a paged arena: a key tile of 128
 tokens is put together from blocks of the arena, each copied as a box of `[block_size, 64]`.
 
-Bytes behind a context in its last block are weighted with 0, so they must be finite numbers.
+Bytes behind a context in its last block, and before a window in its first, are weighted with 0:
+they must be finite numbers.
 """
 
 import math
@@ -24,12 +25,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from baton.kernels.jit import num_multiprocessors
+from baton.kernels.prefill_attention import check_prefill_arguments
+from baton.kernels.prefill_copies_hopper import item_of_turn, num_turns, produce
 from baton.kernels.prefill_work import PrefillWork
 
 BLOCK_M: Final = 128
@@ -40,102 +43,12 @@ STAGES: Final = 2
 
 
 @gluon.jit
-def _num_turns(num_items, num_programs):
-    """Items of this program; each has one at least."""
-    rounds = (num_items + num_programs - 1) // num_programs
-    has_last = _item_of_turn(rounds - 1, num_programs) < num_items
-    return rounds - 1 + has_last.to(gl.int32)
-
-
-@gluon.jit
-def _item_of_turn(turn, num_programs):
-    """Longest tiles first, dealt out back and forth: sums of work differ by less than a tile."""
-    program = gl.program_id(0)
-    forth = turn * num_programs + program
-    back = (turn + 1) * num_programs - 1 - program
-    return gl.where(turn % 2 == 0, forth, back)
-
-
-@gluon.jit
-def _load_key_tile(kv_desc, table, first_block, last_block, base_row, slot_rows, bar, buffer):
-    """Issue the copies of BLOCK_N tokens into `buffer` `[BLOCK_N, D]`."""
-    BLOCK_SIZE: gl.constexpr = kv_desc.block_type.shape[0]
-    HALF: gl.constexpr = kv_desc.block_type.shape[1]
-    PAGES: gl.constexpr = buffer.shape[0] // BLOCK_SIZE
-    HALVES: gl.constexpr = buffer.shape[1] // HALF
-    boxes = buffer._reinterpret(kv_desc.dtype, [HALVES * PAGES, BLOCK_SIZE, HALF], kv_desc.layout)
-    mbarrier.expect(bar, buffer.shape[0] * buffer.shape[1] * 2)
-    for page in gl.static_range(PAGES):
-        # Behind the context the last block stands in: finite numbers, which the mask hides.
-        block = gl.minimum(first_block + page, last_block)
-        row = gl.load(table + block) * slot_rows + base_row
-        for half in gl.static_range(HALVES):
-            box = boxes.index(half * PAGES + page)
-            tma.async_copy_global_to_shared(kv_desc, [row, half * HALF], bar, box)
-
-
-@gluon.jit
-def _produce(
-    q_desc, kv_desc, shared, work, arena, NUM_HEADS: gl.constexpr, NUM_KV_HEADS: gl.constexpr
-):  # fmt: skip
-    q_smem, k_ring, v_ring, q_bars, k_bars, v_bars = shared
-    tiles, num_items, num_programs = work
-    tables, table_stride, layer, num_layers = arena
-    STAGES: gl.constexpr = k_ring.shape[0]
-    BLOCK_N: gl.constexpr = k_ring.shape[1]
-    D: gl.constexpr = k_ring.shape[2]
-    BLOCK_SIZE: gl.constexpr = kv_desc.block_type.shape[0]
-    HALF: gl.constexpr = kv_desc.block_type.shape[1]
-    slot_rows = num_layers * (NUM_KV_HEADS * 2 * BLOCK_SIZE)
-    count = 0
-    for turn in range(_num_turns(num_items, num_programs)):
-        item = _item_of_turn(turn, num_programs)
-        tile = tiles + (item // NUM_HEADS) * 6
-        head = item % NUM_HEADS
-        table = tables + gl.load(tile) * table_stride
-        first_token = gl.load(tile + 1)
-        end = gl.load(tile + 4)
-        begin = gl.load(tile + 5)
-        # Two buffers: the next item's queries come while this one's are in use.
-        q_bar = q_bars.index(turn % 2)
-        mbarrier.wait(q_bars.index(2 + turn % 2), ((turn // 2) & 1) ^ 1)
-        mbarrier.expect(q_bar, 2 * 64 * D * 2)
-        for group in gl.static_range(2):
-            boxes = q_smem.index(turn % 2 * 2 + group)._reinterpret(
-                q_desc.dtype, [D // HALF, 64, HALF], q_desc.layout
-            )
-            for half in gl.static_range(D // HALF):
-                at = [first_token + group * 64, head * D + half * HALF]
-                tma.async_copy_global_to_shared(q_desc, at, q_bar, boxes.index(half))
-        kv_head = head // (NUM_HEADS // NUM_KV_HEADS)
-        k_row = (kv_head * num_layers + layer) * (2 * BLOCK_SIZE)
-        last_block = (end - 1) // BLOCK_SIZE
-        first_tile = begin // BLOCK_N
-        num_tiles = (end + BLOCK_N - 1) // BLOCK_N - first_tile
-        for j in range(num_tiles):
-            block = (first_tile + num_tiles - 1 - j) * (BLOCK_N // BLOCK_SIZE)
-            stage = count % STAGES
-            phase = ((count // STAGES) & 1) ^ 1
-            mbarrier.wait(k_bars.index(STAGES + stage), phase)
-            _load_key_tile(
-                kv_desc, table, block, last_block, k_row, slot_rows,
-                k_bars.index(stage), k_ring.index(stage),
-            )  # fmt: skip
-            mbarrier.wait(v_bars.index(STAGES + stage), phase)
-            _load_key_tile(
-                kv_desc, table, block, last_block, k_row + BLOCK_SIZE, slot_rows,
-                v_bars.index(stage), v_ring.index(stage),
-            )  # fmt: skip
-            count += 1
-
-
-@gluon.jit
 def _masked(s, first_position, first_key, window, HAS_WINDOW: gl.constexpr):
     """Hide the keys behind each query and before its window.
 
-    -2^100 instead of -inf: a row may see nothing of the tile that it meets first, and what such a
-    row sums up is multiplied by 0 once it sees its own key. A power of two, because its product
-    with the scale must be the same rounded, in the maximum, and not, inside the exponent.
+    -2^100 instead of -inf: a row may see nothing of the tile that it meets first, and -inf less
+    -inf is no number. A power of two, because its product with the scale must be the same rounded,
+    in the maximum, and not, inside the exponent.
     """
     layout: gl.constexpr = s.type.layout
     position = first_position + gl.arange(0, s.shape[0], layout=gl.SliceLayout(1, layout))
@@ -144,6 +57,17 @@ def _masked(s, first_position, first_key, window, HAS_WINDOW: gl.constexpr):
     if HAS_WINDOW:
         visible = visible & (key[None, :] > position[:, None] - window)
     return gl.where(visible, s, -1267650600228229401496703205376.0)
+
+
+@gluon.jit
+def _first_weights(s, first_position, first_key, scale_log2, window, HAS_WINDOW: gl.constexpr):
+    """Scaled maxima and weights of the tile that a row meets first. A row that sees nothing of it,
+    and will see a key in the next, weighs all of it with 0."""
+    s = _masked(s, first_position, first_key, window, HAS_WINDOW)
+    m = gl.max(s, 1) * scale_log2
+    p = gl.exp2(s * scale_log2 - m[:, None])
+    sees = m > -633825300114114700748351602688.0 * scale_log2
+    return m, gl.where(sees[:, None], p, 0.0)
 
 
 @gluon.jit
@@ -201,14 +125,14 @@ def _consume(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     zeros = gl.zeros([64, BLOCK_N], gl.float32, layout=s_layout)
-    num_turns = _num_turns(num_items, num_programs)
+    turns = num_turns(num_items, num_programs)
     mbarrier.wait(q_bars.index(0), 0)
     mbarrier.wait(k_bars.index(0), 0)
     s = warpgroup_mma(q_smem.index(GROUP), k_ring.index(0).permute((1, 0)), zeros, use_acc=False)
     mbarrier.arrive(k_bars.index(STAGES))
     count = 0
-    for turn in range(num_turns):
-        item = _item_of_turn(turn, num_programs)
+    for turn in range(turns):
+        item = item_of_turn(turn, num_programs)
         tile = tiles + (item // NUM_HEADS) * 6
         first_position = gl.load(tile + 3) + GROUP * 64
         first_tile = gl.load(tile + 5) // BLOCK_N
@@ -216,9 +140,8 @@ def _consume(
 
         # S of the last keys is there; there is no P yet.
         q = q_smem.index(turn % 2 * 2 + GROUP)
-        s = _masked(s, first_position, last_tile * BLOCK_N, window, HAS_WINDOW)
-        m = gl.max(s, 1) * scale_log2
-        p = gl.exp2(s * scale_log2 - m[:, None])
+        last_key = last_tile * BLOCK_N
+        m, p = _first_weights(s, first_position, last_key, scale_log2, window, HAS_WINDOW)
         total = gl.sum(p, 1)
         p16 = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, o_layout, 2))
         o = gl.zeros([64, D], gl.float32, layout=o_layout)
@@ -250,7 +173,7 @@ def _consume(
         mbarrier.wait(v_bars.index(v_stage), (count // STAGES) & 1)
         o_token = warpgroup_mma(p16, v_ring.index(v_stage), o, is_async=True)
         then = turn + 1
-        has_item = then < num_turns
+        has_item = then < turns
         count += 1
         k_stage = count % STAGES
         mbarrier.wait(q_bars.index(then % 2), (then // 2) & 1, pred=has_item)
@@ -325,7 +248,7 @@ def _prefill_kernel(
         [
             (_consume, (0, shared, results, work, scores, NUM_HEADS, HAS_WINDOW, HAS_LSE)),
             (_consume, (1, shared, results, work, scores, NUM_HEADS, HAS_WINDOW, HAS_LSE)),
-            (_produce, (q_desc, kv_desc, shared, work, arena, NUM_HEADS, NUM_KV_HEADS)),
+            (produce, (q_desc, kv_desc, shared, work, arena, NUM_HEADS, NUM_KV_HEADS)),
         ],
         [4, 1],
         [240, 24],
@@ -338,10 +261,15 @@ def can_attend(q_THD: torch.Tensor, arena: torch.Tensor) -> bool:
     return (
         q_THD.is_cuda
         and torch.cuda.get_device_capability(q_THD.device)[0] == 9
+        and q_THD.dtype == arena.dtype
         and arena.dtype in (torch.float16, torch.bfloat16)
         and head_dim in (64, 128)
         and block_size in (8, 16, 32, 64, 128)
-        and q_THD.stride(1) == head_dim
+        and q_THD.stride()[1:] == (head_dim, 1)
+        # Tensor copies start at multiples of 16 bytes.
+        and q_THD.stride(0) % 8 == 0
+        and q_THD.data_ptr() % 16 == 0
+        and arena.data_ptr() % 16 == 0
         and arena.numel() // head_dim < 2**31
     )
 
@@ -367,6 +295,7 @@ def prefill_attention_hopper(
     _, num_kv_heads, num_layers, _, block_size, _ = arena.shape
     if out is None:
         out = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+    check_prefill_arguments(q_THD, arena, block_table_SN, scale, out, lse_out)
     if len(work.tiles) == 0:
         return out
     box: Any = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -376,7 +305,7 @@ def prefill_attention_hopper(
     rows = arena.numel() // head_dim
     kv_desc = TensorDescriptor(arena, [rows, head_dim], [head_dim, 1], [block_size, HALF], box)
     num_items = len(work.tiles) * num_heads
-    num_programs = min(_num_multiprocessors(q_THD.device), num_items)
+    num_programs = min(num_multiprocessors(q_THD.device), num_items)
     _prefill_kernel[(num_programs,)](
         q_desc, kv_desc, out, lse_out if lse_out is not None else out,
         work.tiles, block_table_SN, block_table_SN.stride(0), num_items, num_programs,
@@ -386,7 +315,3 @@ def prefill_attention_hopper(
         num_warps=4,
     )  # fmt: skip
     return out
-
-
-def _num_multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -19,7 +19,7 @@ FlashInfer's sorting-free sampling, 2025). top-k and min-p bound the logit befor
 stays may differ from the reference; a row decides the same in every batch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Final
 
 import torch
@@ -107,6 +107,23 @@ def _kept(scores: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     return kept & (scores.double().exp() >= rows.min_p.double()[:, None])
 
 
+def _check_rows(
+    num_rows: int,
+    rows: SamplingRows,
+    mask: torch.Tensor | None,
+    mask_row: torch.Tensor | None,
+    out: torch.Tensor | None,
+    out_logprob: torch.Tensor | None,
+) -> None:
+    per_row = [getattr(rows, field.name) for field in fields(rows)]
+    for tensor in (*per_row, mask_row, out, out_logprob):
+        if tensor is not None:
+            assert tensor.shape == (num_rows,), "a number for each row"
+            assert tensor.is_contiguous(), "rows follow each other"
+    if mask is not None:
+        assert mask.is_contiguous(), "words of a mask follow each other"
+
+
 def sample_triton(
     logits: torch.Tensor,
     rows: SamplingRows,
@@ -121,12 +138,14 @@ def sample_triton(
     """`sample` by rejection. Rows of `logits` may be apart; everything else is contiguous.
 
     `rounds` draws are spread over the device, one program per chunk; rows that need more go on in
-    one program each. It changes the speed alone: 1 is best where no row has top-p.
+    one program each, slowly. It changes the speed alone: 1 is best where no row has top-p, more
+    than 4 where p is small (of rows with p = 0.5 one in 250 needs more, with p = 0.1 one in 14).
     """
     num_rows, vocab = logits.shape
     assert logits.stride(1) == 1, "tokens of a row follow each other"
     assert rounds > 0, "a token needs a draw"
     assert (mask is None) == (mask_row is None), "rows pick among masks"
+    _check_rows(num_rows, rows, mask, mask_row, out, out_logprob)
     device = logits.device
     if out is None:
         out = torch.empty(num_rows, dtype=torch.int32, device=device)

@@ -95,7 +95,8 @@ def stats_kernel(
 
 @jit
 def _ordered(value):
-    """int32 keys in the order of fp32 values."""
+    """int32 keys in the order of fp32 values; -0 equals 0."""
+    value = tl.where(value == 0, 0.0, value)
     bits = value.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 

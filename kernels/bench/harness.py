@@ -8,6 +8,7 @@ runs them in turn.
 
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -24,6 +25,7 @@ Call = Callable[[], Any]
 MIN_REPLAY_S: Final = 2e-3
 MAX_LAUNCHES: Final = 4096
 MIN_REPLAYS: Final = 5
+MIN_TURNS: Final = 20
 MAX_REPLAYS: Final = 500
 # A card that idled needs about this long to raise its clocks.
 WARM_UP_S: Final = 0.1
@@ -94,7 +96,7 @@ def seconds_side_by_side(calls: Mapping[str, Sequence[Call]], budget_s: float) -
     replays = {name: _captured(turn) for name, turn in calls.items()}
     once = sum(_elapsed(replay) for replay in replays.values())
     took: dict[str, list[float]] = {name: [] for name in replays}
-    for _ in range(max(MIN_REPLAYS, min(MAX_REPLAYS, int(budget_s / once)))):
+    for _ in range(max(MIN_TURNS, min(MAX_REPLAYS, int(budget_s / once)))):
         for name, replay in replays.items():
             took[name].append(_elapsed(replay))
     return {name: statistics.median(seconds) for name, seconds in took.items()}
@@ -199,8 +201,9 @@ def _captured(calls: Sequence[Call]) -> Callable[[], None]:
     try:
         with torch.cuda.graph(graph):
             _run(calls)
-    except RuntimeError:
+    except RuntimeError as error:
         torch.cuda.synchronize()
+        warnings.warn(f"launched plainly, not as a graph: {error}", RuntimeWarning, stacklevel=2)
         return partial(_run, calls)
     return graph.replay
 

@@ -54,7 +54,7 @@ Rival = Callable[[], torch.Tensor]
 
 
 def measure(context: Context) -> Iterator[Figure]:
-    """The kernel that the engine takes here, and the portable one where that is another."""
+    """The kernel of this device, and the portable one where that is another."""
     arena = make_arena(NUM_SLOTS, context.device)
     probe = normal(1, NUM_HEADS, HEAD_DIM, device=context.device)
     kernels: dict[str, Kernel] = {"triton": prefill_attention_triton}

@@ -43,6 +43,8 @@ class Case:
 CASES: Final = (
     Case("sampling top-p", f"top-p {TOP_P}, fp32 logits", torch.float32, 1.0, TOP_P, 4, ALLOWED_MS),
     Case("sampling top-p bf16", f"top-p {TOP_P}, bf16", torch.bfloat16, 1.0, TOP_P, 4, None),
+    Case("sampling top-p 0.5", "top-p 0.5, fp32", torch.float32, 1.0, 0.5, 4, None),
+    Case("sampling top-p 0.1", "top-p 0.1, fp32", torch.float32, 1.0, 0.1, 4, None),
     Case("sampling greedy", "the best token, fp32 logits", torch.float32, 0.0, 1.0, 1, None),
     Case("sampling greedy bf16", "the best token, bf16", torch.bfloat16, 0.0, 1.0, 1, None),
 )
@@ -63,7 +65,7 @@ def measure(context: Context) -> Iterator[Figure]:
             for logits, how in zip(sets, rows, strict=True)
         ]
         seconds = context.seconds_per_call(calls)
-        rival = _sort if case.temperature else _argmax
+        rival = partial(_sort, top_p=case.top_p) if case.temperature else _argmax
         rival_seconds = context.seconds_per_call([partial(rival, logits) for logits in sets])
         bytes_per_s = sets[0].nbytes / seconds
         yield Figure(
@@ -118,12 +120,12 @@ def _check(case: Case, logits: torch.Tensor, rows: SamplingRows) -> None:
         )
 
 
-def _sort(logits: torch.Tensor) -> torch.Tensor:
+def _sort(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     """Top-p as it is written in torch: sorted, cut at the cumulative sum, drawn."""
     ordered, order = logits.float().sort(dim=-1, descending=True)
     likelihood = ordered.softmax(dim=-1)
     before = likelihood.cumsum(dim=-1) - likelihood
-    likelihood.masked_fill_(before >= TOP_P, 0.0)
+    likelihood.masked_fill_(before >= top_p, 0.0)
     drawn = likelihood.div_(torch.empty_like(likelihood).exponential_()).argmax(dim=-1)
     return order.gather(1, drawn[:, None])
 

@@ -23,3 +23,15 @@ def test_kernel_equals_reference(width: int, dtype: torch.dtype, ids: torch.dtyp
 def test_no_tokens_are_no_work() -> None:
     none = torch.empty(0, dtype=torch.int64, device=DEVICE)
     assert embedding_triton(none, normal(3, 8, dtype=torch.float32)).shape == (0, 8)
+
+
+@needs_triton
+def test_a_negative_id_is_a_row_of_zeros() -> None:
+    """A sampler says -1 where no token is possible; what lies before the table is nobody's."""
+    memory = normal(8, 20, dtype=torch.float32)
+    table = memory[3:]
+    token_ids = torch.tensor([2, -1, 0], device=DEVICE)
+    out = embedding_triton(token_ids, table, poisoned(3, 20, dtype=torch.float32))
+    assert torch.equal(out, embedding(token_ids, table))
+    assert not out[1].any()
+    assert torch.equal(out[0], table[2])

@@ -83,9 +83,52 @@ def test_streamed_equals_fp64(
     assert not workspace.counters.any(), "counters rest at 0"
 
 
+@needs_triton
+def test_a_result_between_others_is_refused() -> None:
+    x, weight, _ = make((2, 64, 64), torch.float32, has_bias=False)
+    wider = poisoned(2, 128, dtype=torch.float32)
+    with pytest.raises(AssertionError, match="tokens follow each other"):
+        linear_triton(x, weight, out=wider[:, :64])
+    assert wider.isnan().all()
+
+
+@needs_gpu
+def test_streamed_products_of_a_graph_wait_for_each_other() -> None:
+    """In a graph each launch starts while the one before drains. Its x is the other's result, and
+    all use one workspace."""
+    from baton.kernels.linear_hopper import LinearWorkspace, can_stream, linear_hopper
+
+    x, first, _ = make((16, 1024, 1024), torch.bfloat16, has_bias=False)
+    if not can_stream(x, first):
+        pytest.skip("not a Hopper GPU")
+    weights = [make((1, 1024, 1024), torch.bfloat16, has_bias=False)[1] for _ in range(20)]
+    outs = [poisoned(16, 1024, dtype=torch.bfloat16) for _ in weights]
+    workspace = LinearWorkspace(DEVICE)
+
+    def run() -> None:
+        for weight, given, out in zip(weights, [x, *outs], outs, strict=False):
+            linear_hopper(given, weight, workspace, out=out)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for _ in range(5):
+        x.copy_(torch.randn_like(x))
+        for out in outs:
+            out.fill_(torch.nan)
+        graph.replay()
+        given = x
+        for weight, out in zip(weights, outs, strict=True):
+            # Each from the one that the graph computed before it: errors do not add up.
+            assert relative_error(out, exact(given, weight, None)) < TOLERANCE[torch.bfloat16]
+            given = out
+
+
 @needs_gpu
 def test_streamed_products_in_a_row_wait_for_each_other() -> None:
-    """Each launch starts while the one before drains; its x is the other's result."""
+    """Each launch may start while the one before drains; its x is the other's result."""
     from baton.kernels.linear_hopper import LinearWorkspace, can_stream, linear_hopper
 
     x, weight, _ = make((16, 1024, 1024), torch.bfloat16, has_bias=False)
@@ -108,6 +151,9 @@ def test_the_choice_serves_every_shape() -> None:
     workspace = LinearWorkspace(DEVICE)
     for shape in [(1, 64, 64), (64, 128, 512), (65, 128, 512), (4, 40, 36)]:
         x, weight, bias = make(shape, torch.bfloat16, has_bias=True)
-        out = poisoned(shape[0], shape[1], dtype=torch.bfloat16)
-        linear_cuda(x, weight, workspace, bias=bias, out=out)
-        assert relative_error(out, exact(x, weight, bias)) < TOLERANCE[torch.bfloat16]
+        for width in (shape[1], shape[1] + 8):
+            wider = poisoned(shape[0], width, dtype=torch.bfloat16)
+            out = wider[:, : shape[1]]
+            linear_cuda(x, weight, workspace, bias=bias, out=out)
+            assert relative_error(out, exact(x, weight, bias)) < TOLERANCE[torch.bfloat16]
+            assert wider[:, shape[1] :].isnan().all()

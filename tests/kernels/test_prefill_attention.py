@@ -188,10 +188,14 @@ def test_hopper_kernel_equals_plain_attention(
     rows = Rows(shape, [(257, 600), (64, 64), (1, 77), (130, 131), (90, 411)], dtype, window)
     if not can_attend(rows.q, rows.arena):
         pytest.skip("not a Hopper GPU")
-    # It weighs what lies behind a context in its last block with 0: numbers, as the engine sees to.
-    for row, length in enumerate(rows.context_lens):
+    # It weighs what lies behind a context in its last block with 0: numbers, as the engine sees to,
+    # of whatever size. What lies before the windows of all queries of a row is not there.
+    for row, (queries, length) in enumerate(zip(rows.query_lens, rows.context_lens, strict=True)):
         last = int(rows.table[row, (length - 1) // shape.block_size])
-        rows.arena[last, :, LAYER] = rows.arena[last, :, LAYER].nan_to_num()
+        rows.arena[last, :, LAYER] = rows.arena[last, :, LAYER].nan_to_num(nan=6e4)
+        if window is not None:
+            first = max(length - queries - window + 1, 0)
+            rows.table[row, : first // shape.block_size] = 2**30
     work = plan_prefill_work(rows.query_lens, rows.context_lens, device=DEVICE, window=window)
     out = poisoned(*rows.q.shape, dtype=dtype)
     lse = poisoned(*rows.q.shape[:2], dtype=torch.float32)

@@ -172,6 +172,33 @@ def test_equals_go_together_and_the_lowest_wins() -> None:
 
 
 @needs_triton
+def test_zeros_of_either_sign_are_equals() -> None:
+    """The second greatest is 0, and so are 32 tokens of another group of tokens, spelled -0."""
+    logits = torch.full((1, 4096), -5.0)
+    logits[0, 0], logits[0, 32], logits[0, 64:96] = 1.0, 0.0, -0.0
+    draws = 24
+    rows = rows_of(*[{"top_k": 2, "top_p": 0.5}] * draws, seeds=[5] * draws)
+    logits = logits.expand(draws, -1).contiguous().to(DEVICE)
+    found, expected = sample_triton(logits, rows)[0], sample(logits, rows)[0]
+    assert torch.equal(found, expected)
+    assert len(found.unique()) > 1, "equals of the second greatest stay"
+
+
+@needs_triton
+def test_rows_apart_are_refused() -> None:
+    rows = rows_of({"temperature": 0.7}, {})
+    table = torch.stack([rows.temperature, rows.temperature], dim=1)
+    apart = SamplingRows(
+        **{
+            name: table[:, 0] if name == "temperature" else getattr(rows, name)
+            for name in SamplingRows.__dataclass_fields__
+        }
+    )
+    with pytest.raises(AssertionError, match="rows follow each other"):
+        sample_triton(normal(2, 64, dtype=torch.float32), apart)
+
+
+@needs_triton
 @pytest.mark.parametrize("vocab", [40, 4173])
 @infinities
 def test_grammar_masks(vocab: int) -> None:
