@@ -20,7 +20,6 @@ from baton.common.errors import (
     InternalError,
     InvalidRequest,
     LeaseLost,
-    WorkerLost,
 )
 from baton.common.ids import BlockHandle, RequestKey, RouterId, WorkerIdentity
 from baton.common.messages import (
@@ -43,14 +42,14 @@ from baton.decode_worker.scheduler import DecodeScheduler
 from baton.engine.conservation import check_conservation
 from baton.engine.engine import Engine
 from baton.engine.finish import finish_reason
-from baton.kvtransfer.endings import Endings
 from baton.kvtransfer.events import FromOwner, PeerConnected, PeerDisconnected
 from baton.kvtransfer.ledger import RENEW_EVERY_S
 from baton.kvtransfer.link_codec import merge_status
 from baton.kvtransfer.open_reads import OpenReads
 from baton.kvtransfer.transport.base import PeerReader
-from baton.worker.admission import Limits, refusal
+from baton.worker.admission import Limits
 from baton.worker.core import Drain, Effects, Event, FromRouter, RouterAttached, RouterGone
+from baton.worker.intake import Intake
 
 log = logging.getLogger(__name__)
 
@@ -80,13 +79,12 @@ class DecodeCore:
         self._clock = clock
         self._peers: dict[WorkerIdentity, PeerReader] = {}
         self._reads = OpenReads(engine.kv)
-        self._endings = Endings()
-        self._requests: dict[RequestKey, DecodeRequest] = {}
+        self._intake: Intake[DecodeRequest] = Intake(limits, clock, end=self._end)
+        self._requests = self._intake.requests
         self._decoding = Decoding(
             engine, scheduler, self._requests, max_num_batched_tokens=max_num_batched_tokens
         )
         self._effects = Effects()
-        self._draining = False
         self._next_load = 0.0
 
     # --- WorkerCore ---
@@ -100,7 +98,7 @@ class DecodeCore:
             case FromRouter(router_id, Submit() as submit):
                 self._submit(router_id, submit)
             case FromRouter(_, Cancel(key)):
-                self._cancel(key)
+                self._intake.cancel(key)
             case FromOwner(owner, status):
                 self._status(owner, status)
             case PeerConnected(owner, peer):
@@ -108,11 +106,11 @@ class DecodeCore:
             case PeerDisconnected(owner, error):
                 self._peer_lost(owner, error)
             case RouterAttached(router_id, live):
-                self._abort_router(router_id, keep=frozenset(live))
+                self._intake.abort_router(router_id, keep=frozenset(live))
             case RouterGone(router_id):
-                self._abort_router(router_id, keep=frozenset())
+                self._intake.abort_router(router_id, keep=frozenset())
             case Drain():
-                self._draining = True
+                self._intake.is_draining = True
             case _:
                 raise AssertionError(f"a decode worker gets no {type(event).__name__}")
 
@@ -160,23 +158,17 @@ class DecodeCore:
 
     def _submit(self, router_id: RouterId, submit: Submit) -> None:
         now = self._clock.monotonic()
-        if submit.key in self._requests:
-            log.warning("request %s was submitted twice; the first one stays", submit.key)
-            return
-        error = refusal(
+        wrong_job = None
+        if not isinstance(submit.job, DecodeJob):
+            wrong_job = InvalidRequest("a decode worker takes decode jobs", field="job")
+        if not self._intake.takes(
+            router_id,
             submit,
-            self._limits,
+            self._effects,
             # The last output token is never fed.
             kv_tokens=len(submit.prompt_tokens) + submit.sampling.max_tokens - 1,
-            num_requests=len(self._requests),
-            has_ended=self._endings.has_ended(submit.key),
-            is_draining=self._draining,
-        )
-        if error is None and not isinstance(submit.job, DecodeJob):
-            error = InvalidRequest("a decode worker takes decode jobs", field="job")
-        if error is not None:
-            self._endings.remember(submit.key, now=now)
-            self._effects.record(router_id, OutputRecord(key=submit.key, error=error))
+            role_refusal=wrong_job,
+        ):
             return
         assert isinstance(submit.job, DecodeJob), "other jobs were refused"
         owner = submit.job.owner
@@ -194,24 +186,12 @@ class DecodeCore:
         self._effects.dials.append((owner, submit.job.owner_link_address))
         self._effects.messages.append((owner, LeaseClaim(submit.key)))
 
-    def _cancel(self, key: RequestKey) -> None:
-        request = self._requests.get(key)
-        if request is None:
-            self._endings.remember(key, now=self._clock.monotonic())
-        else:
-            self._end(request, Cancelled("the router cancelled the request"))
-
-    def _abort_router(self, router_id: RouterId, *, keep: frozenset[RequestKey]) -> None:
-        for request in list(self._requests.values()):
-            if request.router_id == router_id and request.key not in keep:
-                self._end(request, WorkerLost("the request's router is gone"))
-
     # --- what owners say ---
 
     def _status(self, owner: WorkerIdentity, status: LeaseStatus) -> None:
         request = self._requests.get(status.key)
         if request is None and status.state is LeaseState.OPEN and not status.finished:
-            if self._endings.has_ended(status.key):
+            if self._intake.has_ended(status.key):
                 self._effects.messages.append((owner, LeaseRelease(status.key)))
             return
         if request is None or request.owner != owner or request.has_joined:
@@ -370,7 +350,7 @@ class DecodeCore:
 
     def _end(self, request: DecodeRequest, error: BatonError | None) -> None:
         """The request is over here: its blocks go, what is in flight stays in quarantine."""
-        del self._requests[request.key]
+        self._intake.forget(request.key)
         self._scheduler.remove(request.key)
         if request.pull is not None:
             request.pull.abandon("the request ended")
@@ -378,7 +358,6 @@ class DecodeCore:
         if request.state is DecodeState.RUNNING:
             self._engine.kv.publish(sequence, sequence.num_computed)
         self._engine.kv.release(sequence)
-        self._endings.remember(request.key, now=self._clock.monotonic())
         if not request.has_joined:
             self._effects.messages.append((request.owner, LeaseRelease(request.key)))
         if error is not None and not isinstance(error, Cancelled):
@@ -393,5 +372,5 @@ class DecodeCore:
             requests_running=self._scheduler.num_running,
             requests_waiting=len(self._requests) - self._scheduler.num_running,
             preemptions=self._decoding.num_preemptions,
-            draining=self._draining,
+            draining=self._intake.is_draining,
         )

@@ -19,7 +19,6 @@ from baton.common.errors import (
     DeadlineExceeded,
     InvalidRequest,
     LeaseLost,
-    WorkerLost,
 )
 from baton.common.ids import BlockHandle, RequestKey, RouterId, WorkerIdentity
 from baton.common.messages import (
@@ -40,13 +39,13 @@ from baton.engine.conservation import check_conservation
 from baton.engine.engine import Engine
 from baton.engine.finish import finish_reason
 from baton.engine.sequence import Chunk
-from baton.kvtransfer.endings import Endings
 from baton.kvtransfer.events import FromReader, LinkClosed, LinkOpened
 from baton.kvtransfer.ledger import Ledger
 from baton.prefill_worker.request import PrefillRequest, PrefillState
 from baton.prefill_worker.scheduler import PlannedChunk, PrefillScheduler
-from baton.worker.admission import Limits, refusal
+from baton.worker.admission import Limits
 from baton.worker.core import Drain, Effects, Event, FromRouter, RouterAttached, RouterGone
+from baton.worker.intake import Intake
 
 log = logging.getLogger(__name__)
 
@@ -74,10 +73,9 @@ class PrefillCore:
         self._identity = identity
         self._clock = clock
         self._ledger = Ledger(engine.kv)
-        self._endings = Endings()
-        self._requests: dict[RequestKey, PrefillRequest] = {}
+        self._intake: Intake[PrefillRequest] = Intake(limits, clock, end=self._end)
+        self._requests = self._intake.requests
         self._effects = Effects()
-        self._draining = False
         self._next_load = 0.0
 
     # --- WorkerCore ---
@@ -91,7 +89,7 @@ class PrefillCore:
             case FromRouter(router_id, Submit() as submit):
                 self._submit(router_id, submit)
             case FromRouter(_, Cancel(key)):
-                self._cancel(key)
+                self._intake.cancel(key)
             case FromReader(reader, LeaseClaim(key)):
                 self._claimed(reader, key)
             case FromReader(reader, LeaseRenew(keys)):
@@ -103,11 +101,11 @@ class PrefillCore:
             case LinkClosed(reader):
                 self._ledger.link_lost(reader, now=self._clock.monotonic())
             case RouterAttached(router_id, live):
-                self._abort_router(router_id, keep=frozenset(live))
+                self._intake.abort_router(router_id, keep=frozenset(live))
             case RouterGone(router_id):
-                self._abort_router(router_id, keep=frozenset())
+                self._intake.abort_router(router_id, keep=frozenset())
             case Drain():
-                self._draining = True
+                self._intake.is_draining = True
             case _:
                 raise AssertionError(f"a prefill worker gets no {type(event).__name__}")
 
@@ -148,21 +146,13 @@ class PrefillCore:
 
     def _submit(self, router_id: RouterId, submit: Submit) -> None:
         now = self._clock.monotonic()
-        if submit.key in self._requests:
-            log.warning("request %s was submitted twice; the first one stays", submit.key)
-            return
-        error = refusal(
+        if not self._intake.takes(
+            router_id,
             submit,
-            self._limits,
+            self._effects,
             kv_tokens=len(submit.prompt_tokens),
-            num_requests=len(self._requests),
-            has_ended=self._endings.has_ended(submit.key),
-            is_draining=self._draining,
-        )
-        error = error or _job_refusal(submit)
-        if error is not None:
-            self._endings.remember(submit.key, now=now)
-            self._effects.record(router_id, OutputRecord(key=submit.key, error=error))
+            role_refusal=_job_refusal(submit),
+        ):
             return
         assert isinstance(submit.job, PrefillJob), "other jobs were refused"
         self._requests[submit.key] = PrefillRequest(
@@ -177,24 +167,12 @@ class PrefillCore:
         )
         self._scheduler.add(submit.key, accepted_at=now - submit.age_s)
 
-    def _cancel(self, key: RequestKey) -> None:
-        request = self._requests.get(key)
-        if request is None:
-            self._endings.remember(key, now=self._clock.monotonic())
-        else:
-            self._end(request, Cancelled("the router cancelled the request"))
-
-    def _abort_router(self, router_id: RouterId, *, keep: frozenset[RequestKey]) -> None:
-        for request in list(self._requests.values()):
-            if request.router_id == router_id and request.key not in keep:
-                self._end(request, WorkerLost("the request's router is gone"))
-
     # --- what readers send ---
 
     def _claimed(self, reader: WorkerIdentity, key: RequestKey) -> None:
         request = self._requests.get(key)
         if request is None:
-            if self._endings.has_ended(key):
+            if self._intake.has_ended(key):
                 lost = LeaseLost("the request has ended on its prefill worker")
                 status = LeaseStatus(key=key, state=LeaseState.ENDED, error=lost)
             else:
@@ -342,11 +320,10 @@ class PrefillCore:
 
     def _end(self, request: PrefillRequest, error: BatonError | None) -> None:
         """The request is over here: nothing of it stays but its ending and cached blocks."""
-        del self._requests[request.key]
+        self._intake.forget(request.key)
         self._scheduler.remove(request.key)
         self._ledger.end(request.key)
         self._engine.kv.release(request.sequence)
-        self._endings.remember(request.key, now=self._clock.monotonic())
         if error is None:
             return
         if not isinstance(error, Cancelled) and request.first_token is None:
@@ -371,7 +348,7 @@ class PrefillCore:
             requests_running=self._scheduler.num_running,
             requests_waiting=self._scheduler.num_waiting,
             tokens_pending=sum(waiting) + sum(running),
-            draining=self._draining,
+            draining=self._intake.is_draining,
             leases=self._ledger.rows(self._identity, now=now),
         )
 
