@@ -20,6 +20,7 @@ from baton.common.errors import (
     InternalError,
     InvalidRequest,
     LeaseLost,
+    PeerLost,
 )
 from baton.common.ids import BlockHandle, RequestKey, RouterId, WorkerIdentity
 from baton.common.messages import (
@@ -57,6 +58,8 @@ LOAD_EVERY_S = 1.0
 IDLE_WAIT_S = 0.1
 # Between polls of open reads when no sequence runs.
 POLL_WAIT_S = 0.0002
+# Of the pool, per peer.
+MAX_QUARANTINED_SHARE = 0.05
 
 
 class DecodeCore:
@@ -79,6 +82,11 @@ class DecodeCore:
         self._clock = clock
         self._peers: dict[WorkerIdentity, PeerReader] = {}
         self._reads = OpenReads(engine.kv)
+        # In a small pool one prompt is more than that share, and may well be cancelled.
+        self._max_quarantined = max(
+            int(MAX_QUARANTINED_SHARE * engine.num_blocks),
+            limits.num_blocks_for(limits.max_model_len),
+        )
         self._intake: Intake[DecodeRequest] = Intake(limits, clock, end=self._end)
         self._requests = self._intake.requests
         self._decoding = Decoding(
@@ -117,6 +125,7 @@ class DecodeCore:
     def step(self) -> None:
         now = self._clock.monotonic()
         self._reads.poll()
+        self._bound_quarantine(now)
         self._sweep(now)
         self._admit(now)
         self._advance_pulls(now)
@@ -228,6 +237,16 @@ class DecodeCore:
                 f"the vocabulary has {self._limits.vocab_size}"
             )
         return None
+
+    def _bound_quarantine(self, now: float) -> None:
+        """A read that does not end keeps its slots until the agent that posted it is destroyed."""
+        given_up = self._reads.given_up(now=now, max_slots=self._max_quarantined)
+        for owner, peer in list(self._peers.items()):
+            if peer in given_up:
+                log.warning("reads from %s do not end; its agent is destroyed", owner)
+                self._peer_lost(owner, PeerLost(f"{owner} keeps reads from ending"))
+                self._effects.hangups.append(owner)
+                self._reads.poll()
 
     def _peer_lost(self, owner: WorkerIdentity, error: BatonError) -> None:
         for request in list(self._requests.values()):

@@ -59,7 +59,7 @@ class FencedRead:
         self.slots = tuple(slots)
         self.failure = ""
         self.stale = 0
-        self._reader = reader
+        self.reader = reader
         self._state = FenceState.READING
         self._words: Read | None = None
         self._has_followed_data = False
@@ -67,7 +67,10 @@ class FencedRead:
         self.bytes_read = -reader.bytes_read
         self._data = reader.post_blocks([handle.slot for handle in self.handles], self.slots)
         self.bytes_read += reader.bytes_read
-        self.deadline_s = now_s + transfer_deadline_s(reader.outstanding_bytes, bytes_per_s)
+        allowed_s = transfer_deadline_s(reader.outstanding_bytes, bytes_per_s)
+        self.deadline_s = now_s + allowed_s
+        # From here on the agent that posted it is given up.
+        self.last_deadline_s = now_s + 2 * allowed_s
 
     @property
     def state(self) -> FenceState:
@@ -97,13 +100,13 @@ class FencedRead:
             self._fail(why)
 
     def _follow_data(self) -> None:
-        before = self._reader.bytes_read
-        state = self._reader.poll(self._data)
-        self.bytes_read += self._reader.bytes_read - before
+        before = self.reader.bytes_read
+        state = self.reader.poll(self._data)
+        self.bytes_read += self.reader.bytes_read - before
         if state is ReadState.PENDING:
             return
         self._has_followed_data = True
-        self._reader.release(self._data)
+        self.reader.release(self._data)
         if state is ReadState.FAILED:
             self._fail(f"the blocks could not be read: {self._data.failure}")
         elif self._state is FenceState.READING:
@@ -112,21 +115,21 @@ class FencedRead:
     def _post_words(self) -> None:
         assert self._data.state is ReadState.DONE, "words are read after the bytes"
         try:
-            self._words = self._reader.post_generations(self._data.remote_slots)
+            self._words = self.reader.post_generations(self._data.remote_slots)
         except TransferError as error:
             self._fail(f"the generation words could not be read: {error.message}")
         else:
             self._state = FenceState.CHECKING
 
     def _follow_words(self, words: Read) -> None:
-        state = self._reader.poll(words)
+        state = self.reader.poll(words)
         if state is ReadState.PENDING:
             return
         if state is ReadState.FAILED:
             self._fail(f"the generation words could not be read: {words.failure}")
         elif self._state is FenceState.CHECKING:
-            self._compare(self._reader.generations(words))
-        self._reader.release(words)
+            self._compare(self.reader.generations(words))
+        self.reader.release(words)
         self._words = None
 
     def _compare(self, found: list[int]) -> None:

@@ -73,6 +73,13 @@ class LinkClient:
         assert link.task is not None, "a link in the table has its task"
         link.task.cancel()
 
+    def hang_up(self, owner: WorkerIdentity) -> None:
+        """End the link, if there is one; PeerDisconnected is posted as for any other end."""
+        link = self._links.get(owner)
+        if link is not None:
+            assert link.task is not None, "a link in the table has its task"
+            link.task.cancel()
+
     async def close(self) -> None:
         tasks = [link.task for link in self._links.values() if link.task is not None]
         for task in tasks:

@@ -48,6 +48,18 @@ class OpenReads:
             self._receiving.remove(read)
             self._quarantined.append(read)
 
+    def given_up(self, *, now: float, max_slots: int) -> list[PeerReader]:
+        """Readers that have kept slots in quarantine for two transfer deadlines, or more than
+        `max_slots` of them: to be closed, which ends their reads."""
+        slots_of: dict[int, int] = {}
+        found: dict[int, PeerReader] = {}
+        for read in self._quarantined:
+            reader = id(read.reader)
+            slots_of[reader] = slots_of.get(reader, 0) + len(read.slots)
+            if now >= read.last_deadline_s or slots_of[reader] > max_slots:
+                found[reader] = read.reader
+        return list(found.values())
+
     def poll(self) -> None:
         """Move every open read on, and unpin the targets of those that have ended."""
         self._receiving = self._still_open(self._receiving)

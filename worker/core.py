@@ -45,12 +45,14 @@ Event = FromRouter | RouterAttached | RouterGone | Drain | LinkEvent
 
 @dataclass(slots=True)
 class Effects:
-    """What a step wants done outside: records for routers, messages for peers, dials."""
+    """What a step wants done outside: records for routers, messages for peers, links."""
 
     records: dict[RouterId, list[OutputRecord]] = field(default_factory=dict)
     statuses: list[tuple[WorkerIdentity, LeaseStatus]] = field(default_factory=list)
     messages: list[tuple[WorkerIdentity, ReaderMessage]] = field(default_factory=list)
     dials: list[tuple[WorkerIdentity, str]] = field(default_factory=list)
+    # Links to drop: their transport was given up, and the next dial begins anew.
+    hangups: list[WorkerIdentity] = field(default_factory=list)
     load: LoadReport | None = None
     _has_news: bool = False
     # Where the newest record of each request stands in its router's list.
@@ -62,7 +64,7 @@ class Effects:
     @property
     def is_urgent(self) -> bool:
         """Whether something waits for this: a peer, a first token, an end."""
-        return self._has_news or bool(self.statuses or self.messages or self.dials)
+        return self._has_news or bool(self.statuses or self.messages or self.dials or self.hangups)
 
     def record(self, router_id: RouterId, record: OutputRecord) -> None:
         """Add a record; tokens that merely follow join the request's record that stands here."""

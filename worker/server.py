@@ -273,6 +273,8 @@ class WorkerServer:
             self._control.send_records(router_id, records)
         for reader, status in effects.statuses:
             self._link_server.send(reader, status)
+        for owner in effects.hangups:
+            self._links.hang_up(owner)
         for owner, address in effects.dials:
             self._links.dial(owner, address)
         for owner, message in effects.messages:

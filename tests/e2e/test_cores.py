@@ -11,6 +11,7 @@ from support.oracle import Oracle
 
 from baton.common.ids import Generation, RequestKey, Slot, TransferId
 from baton.common.messages import (
+    Cancel,
     LeaseClaim,
     LeaseRelease,
     LeaseState,
@@ -28,6 +29,7 @@ from baton.kvtransfer.events import (
     LinkOpened,
     PeerConnected,
 )
+from baton.kvtransfer.fence import MIN_TRANSFER_DEADLINE_S
 from baton.kvtransfer.ledger import FIRST_TERM_S, LINK_GRACE_S, RENEW_EVERY_S, TERM_S
 from baton.kvtransfer.transport.base import PeerReader, Read, ReadState
 from baton.worker.core import Drain, FromRouter
@@ -167,6 +169,56 @@ def test_bytes_are_counted_whoever_polls_the_read(tiny_llama: Path) -> None:
     (report,) = [record.handover for record in pair.records if record.handover is not None]
     assert len(pair.tokens(key)) == 8
     assert report.pulled_bytes == 5 * pair.engines[D].arena.block_bytes
+
+
+class FrozenReader(LateReader):
+    """Reads never end; only the end of the agent that posted them does."""
+
+    def poll(self, read: Read) -> ReadState:
+        return read.state
+
+
+def freeze_pulls(pair: CorePair) -> None:
+    (peer,) = pair.decode._peers.values()
+    pair.decode.handle(PeerConnected(P, FrozenReader(peer)))
+
+
+def test_quarantine_of_a_frozen_peer_ends_with_the_agent_that_posted(tiny_llama: Path) -> None:
+    """Its slots come back, its link is dropped, and the other requests of the link are told."""
+    pair = CorePair(tiny_llama)
+    freeze_pulls(pair)
+    late = pair.submit(PROMPT, 40)
+    pair.advance(MIN_TRANSFER_DEADLINE_S + 0.3)
+    assert pair.errors(late) == ["transfer_timeout"]
+    assert pair.quarantined_blocks == 5
+    assert pair.hangups == [], "a late read may still end by itself"
+    waiting = pair.submit(PROMPT[::-1], 40)
+    pair.advance(MIN_TRANSFER_DEADLINE_S)
+    assert pair.hangups == [P]
+    assert pair.errors(waiting) == ["peer_lost"]
+    assert pair.quarantined_blocks == 0
+    pair.advance(0.2)
+    at_rest(pair)
+
+
+def test_quarantine_is_bounded_by_the_pool(tiny_llama: Path) -> None:
+    """Cancelled pulls of a frozen peer may not eat the pool until they are old."""
+    pair = CorePair(tiny_llama, prefill_blocks=1024, decode_blocks=1024)
+    freeze_pulls(pair)
+    # 5 % of 1,024 blocks, or one context of 1,024 tokens: 51 blocks, ten prompts of five.
+    for number in range(10):
+        key = pair.submit([number, *PROMPT[1:]], 40)
+        pair.advance(0.1)
+        pair.decode.handle(FromRouter(ROUTER, Cancel(key)))
+        assert pair.quarantined_blocks == 5 * (number + 1)
+    pair.advance(0.1)
+    assert pair.hangups == []
+    key = pair.submit([10, *PROMPT[1:]], 40)
+    pair.advance(0.1)
+    pair.decode.handle(FromRouter(ROUTER, Cancel(key)))
+    pair.advance(0.2)
+    assert pair.hangups == [P]
+    assert pair.quarantined_blocks == 0
 
 
 def test_a_draining_worker_ends_what_it_has_and_takes_nothing_new(

@@ -173,6 +173,17 @@ async def test_a_broken_link_is_seen_on_both_sides_and_may_be_dialled_again() ->
         assert pair.at_owner.count(LinkOpened(pair.reader)) == 2
 
 
+async def test_a_reader_may_hang_up_and_dial_again() -> None:
+    async with link_pair() as pair:
+        (await pair.connect()).peer.close()
+        pair.client.hang_up(pair.owner)
+        pair.client.hang_up(pair.owner)
+        await until(lambda: pair.refused() is not None, "the reader heard nothing")
+        await until(lambda: LinkClosed(pair.reader) in pair.at_owner, "the owner heard nothing")
+        pair.at_reader.clear()
+        await pair.connect()
+
+
 async def test_a_stranger_who_speaks_nonsense_is_turned_away() -> None:
     async with link_pair() as pair, grpc.aio.insecure_channel(pair.address) as channel:
         stub = kv_pb2_grpc.KvServiceStub(channel)

@@ -32,6 +32,7 @@ class CorePair:
     ) -> None:
         self.clock = ManualClock(1000.0)
         self.records: list[OutputRecord] = []
+        self.hangups: list[WorkerIdentity] = []
         self.engines = {
             P: _engine(model, prefill_blocks),
             D: _engine(model, decode_blocks),
@@ -96,6 +97,7 @@ class CorePair:
         self.decode.step()
         effects = self.decode.take_effects()
         self.records.extend(effects.records.get(ROUTER, []))
+        self.hangups.extend(effects.hangups)
         for owner, message in effects.messages:
             assert owner == P
             self.prefill.handle(FromReader(D, message))
@@ -116,6 +118,10 @@ class CorePair:
                 assert record.position <= len(emitted), "a position was left out"
                 emitted.extend(record.tokens[len(emitted) - record.position :])
         return emitted
+
+    @property
+    def quarantined_blocks(self) -> int:
+        return sum(len(slots) for slots in self.decode._reads.quarantined)
 
     def errors(self, key: RequestKey) -> list[str]:
         return [r.error.reason for r in self.records if r.key == key and r.error is not None]
