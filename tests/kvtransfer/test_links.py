@@ -180,8 +180,13 @@ async def test_a_reader_may_hang_up_and_dial_again() -> None:
         pair.client.hang_up(pair.owner)
         await until(lambda: pair.refused() is not None, "the reader heard nothing")
         await until(lambda: LinkClosed(pair.reader) in pair.at_owner, "the owner heard nothing")
+        ended = pair.refused()
+        assert ended is not None
+        assert isinstance(ended.error, PeerLost)
+        assert pair.at_reader[1:] == [ended], "one end, also when told twice"
         pair.at_reader.clear()
         await pair.connect()
+        assert pair.at_owner[-1] == LinkOpened(pair.reader)
 
 
 async def test_a_stranger_who_speaks_nonsense_is_turned_away() -> None:
