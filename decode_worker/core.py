@@ -198,6 +198,9 @@ class DecodeCore:
     # --- what owners say ---
 
     def _status(self, owner: WorkerIdentity, status: LeaseStatus) -> None:
+        if owner not in self._peers:
+            # Its agent was destroyed: the link is about to end, which ends what waits for it.
+            return
         request = self._requests.get(status.key)
         if request is None and status.state is LeaseState.OPEN and not status.finished:
             if self._intake.has_ended(status.key):
@@ -241,12 +244,13 @@ class DecodeCore:
     def _bound_quarantine(self, now: float) -> None:
         """A read that does not end keeps its slots until the agent that posted it is destroyed."""
         given_up = self._reads.given_up(now=now, max_slots=self._max_quarantined)
-        for owner, peer in list(self._peers.items()):
-            if peer in given_up:
-                log.warning("reads from %s do not end; its agent is destroyed", owner)
-                self._peer_lost(owner, PeerLost(f"{owner} keeps reads from ending"))
-                self._effects.hangups.append(owner)
-                self._reads.poll()
+        owners = [owner for owner, peer in self._peers.items() if peer in given_up]
+        for owner in owners:
+            log.warning("reads from %s do not end; its agent is destroyed", owner)
+            self._peer_lost(owner, PeerLost(f"{owner} keeps reads from ending"))
+            self._effects.hangups.append(owner)
+        if owners:
+            self._reads.poll()
 
     def _peer_lost(self, owner: WorkerIdentity, error: BatonError) -> None:
         for request in list(self._requests.values()):

@@ -70,8 +70,7 @@ class LinkClient:
             return
         # Safe: a claim or release that is lost ends with the lease's own deadline.
         log.error("link to %s takes no messages; closing it", owner)
-        assert link.task is not None, "a link in the table has its task"
-        link.task.cancel()
+        self.hang_up(owner)
 
     def hang_up(self, owner: WorkerIdentity) -> None:
         """End the link, if there is one; PeerDisconnected is posted as for any other end."""

@@ -9,6 +9,7 @@ import pytest
 from support.core_pair import ROUTER, CorePair, D, P
 from support.oracle import Oracle
 
+from baton.common.errors import PeerLost
 from baton.common.ids import Generation, RequestKey, Slot, TransferId
 from baton.common.messages import (
     Cancel,
@@ -28,6 +29,7 @@ from baton.kvtransfer.events import (
     LinkClosed,
     LinkOpened,
     PeerConnected,
+    PeerDisconnected,
 )
 from baton.kvtransfer.fence import MIN_TRANSFER_DEADLINE_S
 from baton.kvtransfer.ledger import FIRST_TERM_S, LINK_GRACE_S, RENEW_EVERY_S, TERM_S
@@ -198,6 +200,30 @@ def test_quarantine_of_a_frozen_peer_ends_with_the_agent_that_posted(tiny_llama:
     assert pair.errors(waiting) == ["peer_lost"]
     assert pair.quarantined_blocks == 0
     pair.advance(0.2)
+    at_rest(pair)
+
+
+def test_a_request_between_the_end_of_an_agent_and_the_end_of_its_link_is_told(
+    tiny_llama: Path, expected: list[int]
+) -> None:
+    """Its owner may announce the lease over the link that is about to be dropped."""
+    pair = CorePair(tiny_llama)
+    (peer,) = pair.decode._peers.values()
+    freeze_pulls(pair)
+    pair.submit(PROMPT[::-1], 40)
+    pair.advance(2 * MIN_TRANSFER_DEADLINE_S + 0.3)
+    assert pair.hangups == [P]
+    between = pair.submit(PROMPT, 40)
+    pair.advance(0.3)
+    assert pair.errors(between) == []
+    pair.decode.handle(PeerDisconnected(P, PeerLost("the link was closed")))
+    pair.advance(0.2)
+    assert pair.errors(between) == ["peer_lost"]
+    pair.connect()
+    assert pair.decode._peers[P] is not peer
+    again = pair.submit(PROMPT, 40)
+    pair.advance(6)
+    assert pair.tokens(again) == expected
     at_rest(pair)
 
 

@@ -39,7 +39,7 @@ class CorePair:
         }
         fabric = MemoryFabric()
         self._transports = {who: MemoryTransport(who, fabric) for who in (P, D)}
-        described = {who: self._register(who) for who in (P, D)}
+        self._described = {who: self._register(who) for who in (P, D)}
         self.prefill = PrefillCore(
             self.engines[P],
             PrefillScheduler(max_num_batched_tokens=budget, max_num_seqs=64),
@@ -56,9 +56,13 @@ class CorePair:
             clock=self.clock,
         )
         self.prefill.handle(LinkOpened(D))
-        peer = self._transports[D].connect(P, described[P])
-        self.decode.handle(PeerConnected(P, peer))
+        self.connect()
         self._next = 0
+
+    def connect(self) -> None:
+        """The decode worker's link and transport to the prefill worker are up."""
+        peer = self._transports[D].connect(P, self._described[P])
+        self.decode.handle(PeerConnected(P, peer))
 
     def submit(
         self,
