@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from baton.kernels.attention_arguments import check_attention_arguments
 from baton.kernels.decode_work import DecodeWork
 from baton.kernels.jit import (
     can_overlap_launches,
@@ -126,23 +127,15 @@ def decode_attention_triton(
     num_rows, num_heads, head_dim = q_SHD.shape
     num_kv_heads, block_size = arena.shape[1], arena.shape[4]
     out = q_SHD.new_empty(q_SHD.shape) if out is None else out
-    assert q_SHD.stride()[1:] == (head_dim, 1), "a row's heads follow each other"
-    assert out.is_contiguous(), "rows follow each other"
-    assert out.shape == q_SHD.shape, "a result for each query"
-    assert block_table_SN.dtype == torch.int32, "slots are int32 on the device"
-    assert block_table_SN.stride(1) == 1, "a row's slots follow each other"
-    assert scale > 0, "the largest score stays the largest"
-    if lse_out is not None:
-        assert lse_out.is_contiguous(), "rows follow each other"
-        assert lse_out.dtype == torch.float32, "lse is fp32"
+    check_attention_arguments(q_SHD, arena, block_table_SN, scale, out, lse_out)
     assert work.pieces.shape[1:] == (num_heads, head_dim), "planned for these heads"
     if num_rows == 0 or work.num_items == 0:
         return out
     group = num_heads // num_kv_heads
+    pdl = can_overlap_launches(q_SHD)
     shared = {
         "HEAD_DIM": head_dim, "DIM_PADDED": max(16, next_power_of_2(head_dim)),
-        "HAS_LSE": lse_out is not None, "PDL": can_overlap_launches(q_SHD),
-        "launch_pdl": can_overlap_launches(q_SHD), "enable_fp_fusion": False,
+        "HAS_LSE": lse_out is not None, "PDL": pdl, "launch_pdl": pdl, "enable_fp_fusion": False,
     }  # fmt: skip
     _decode_kernel[(work.num_items * num_kv_heads,)](
         q_SHD, layer_view(arena, layer), block_table_SN, work.lists, out, lse_out,

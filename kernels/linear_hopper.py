@@ -35,7 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from baton.kernels.jit import cdiv, next_power_of_2
+from baton.kernels.jit import cdiv, gdc_launch_dependents, gdc_wait, next_power_of_2
 from baton.kernels.linear import check_linear_arguments
 
 MAX_TOKENS: Final = 64
@@ -84,25 +84,6 @@ USUAL: Final = {
 
 
 @gluon.jit
-def _gdc_wait():
-    gl.inline_asm_elementwise(
-        "griddepcontrol.wait; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _gdc_launch_dependents():
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // dummy $0",
-        "=r",
-        [],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
 def _depth_of(step, tile, first_k, num_steps, BLOCK_K: gl.constexpr):
     """Where a step reads along K. Programs begin in different places: in lockstep all of them would
     ask the same few banks of the L2 for the same tokens."""
@@ -130,7 +111,7 @@ def _stream_tokens(x_desc, x_ring, x_full, empty, tile, first_k, num_steps):
     STAGES: gl.constexpr = x_ring.shape[0]
     W_STAGES: gl.constexpr = empty.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
-    _gdc_wait()
+    gdc_wait()
     for step in range(num_steps):
         emptied = gl.maximum(step - STAGES, 0)
         is_round = step >= STAGES
@@ -197,7 +178,7 @@ def _linear_kernel(
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     dtype: gl.constexpr = w_desc.dtype
     if PDL:
-        _gdc_launch_dependents()
+        gdc_launch_dependents()
     tile = gl.program_id(0)
     split = gl.program_id(1)
     first = split * num_steps // splits

@@ -4,13 +4,9 @@ The torch references gather whole blocks; the kernels work out the offset of eac
 int64: arenas pass 2^31 elements.
 """
 
-from typing import Any
-
 import torch
 
-from baton.kernels.jit import HAS_TRITON, jit, tl
-
-MAX_ROWS = 2**31
+from baton.kernels.jit import jit, tl
 
 
 def gather_rows(block_table_SN: torch.Tensor, arena: torch.Tensor) -> torch.Tensor:
@@ -38,23 +34,6 @@ def layer_view(arena: torch.Tensor, layer: int) -> torch.Tensor:
     assert arena.is_contiguous(), "blocks are found by arithmetic"
     block_size, head_dim = arena.shape[-2:]
     return arena.view(-1)[layer * 2 * block_size * head_dim :]
-
-
-def can_describe(arena: torch.Tensor) -> bool:
-    """Whether `block_descriptor` can describe the blocks of `arena`, and an MMA take one whole."""
-    block_size, head_dim = arena.shape[-2:]
-    sizes_fit = block_size & (block_size - 1) == 0 and head_dim & (head_dim - 1) == 0
-    return sizes_fit and block_size >= 16 and head_dim >= 16
-
-
-def block_descriptor(layer_kv: torch.Tensor, block_size: int, head_dim: int) -> Any:
-    """`layer_view` as rows `[-1, D]` that TMA loads block by block; row numbers are int32."""
-    assert HAS_TRITON, "pip install 'kvbaton[cuda]'"
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    rows = layer_kv.view(-1, head_dim)
-    assert len(rows) < MAX_ROWS, "TMA counts rows in int32"
-    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [block_size, head_dim])
 
 
 @jit

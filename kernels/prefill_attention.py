@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from baton.kernels.attention_arguments import check_attention_arguments
 from baton.kernels.jit import (
     can_overlap_launches,
     gdc_launch_dependents,
@@ -26,8 +27,6 @@ from baton.kernels.jit import (
     triton,
 )
 from baton.kernels.paged_gather import (
-    block_descriptor,
-    can_describe,
     gather,
     gather_rows,
     layer_view,
@@ -55,12 +54,10 @@ class PrefillPlan:
 class PrefillTuning:
     """How the kernel runs; results are the same but for rounding."""
 
-    # Keys per iteration; with descriptors always a block.
+    # Keys per iteration.
     block_n: int = 64
     num_warps: int = 8
     num_stages: int = 3
-    # Load blocks with TMA, where block_size and D are powers of two.
-    descriptors: bool = False
 
 
 DEFAULT_TUNING = PrefillTuning()
@@ -135,29 +132,6 @@ def _prefill_lse(
     return (scores_HQC + bias.float()).logsumexp(-1).T
 
 
-def check_prefill_arguments(
-    q_THD: torch.Tensor,
-    arena: torch.Tensor,
-    block_table_SN: torch.Tensor,
-    scale: float,
-    out: torch.Tensor,
-    lse_out: torch.Tensor | None,
-) -> None:
-    """What both kernels take for granted."""
-    assert q_THD.stride()[1:] == (q_THD.shape[2], 1), "a token's heads follow each other"
-    assert q_THD.dtype == arena.dtype, "products are of one dtype"
-    assert arena.is_contiguous(), "places are counted"
-    assert out.is_contiguous(), "tokens follow each other"
-    assert out.shape == q_THD.shape, "a result for each query"
-    assert block_table_SN.dtype == torch.int32, "slots are int32 on the device"
-    assert block_table_SN.stride(1) == 1, "a row's slots follow each other"
-    assert scale > 0, "the largest score stays the largest"
-    if lse_out is not None:
-        assert lse_out.is_contiguous(), "tokens follow each other"
-        assert lse_out.shape == q_THD.shape[:2], "a number for each query and head"
-        assert lse_out.dtype == torch.float32, "lse is fp32"
-
-
 def prefill_attention_triton(
     q_THD: torch.Tensor,
     arena: torch.Tensor,
@@ -179,22 +153,18 @@ def prefill_attention_triton(
     num_heads, head_dim = q_THD.shape[1:]
     num_kv_heads, block_size = arena.shape[1], arena.shape[4]
     out = q_THD.new_empty(q_THD.shape) if out is None else out
-    check_prefill_arguments(q_THD, arena, block_table_SN, scale, out, lse_out)
+    check_attention_arguments(q_THD, arena, block_table_SN, scale, out, lse_out)
     if len(work.tiles) == 0:
         return out
-    layer_kv = layer_view(arena, layer)
-    descriptors = tuning.descriptors and can_describe(arena)
     pdl = can_overlap_launches(q_THD)
     _prefill_kernel[(len(work.tiles) * num_heads,)](
-        q_THD, layer_kv,
-        block_descriptor(layer_kv, block_size, head_dim) if descriptors else layer_kv,
-        block_table_SN, work.tiles, out, lse_out,
+        q_THD, layer_view(arena, layer), block_table_SN, work.tiles, out, lse_out,
         q_THD.stride(0), block_table_SN.stride(0), arena.stride(0), arena.stride(1),
         scale * LOG2_E, work.window or 0,
         NUM_HEADS=num_heads, GROUP=num_heads // num_kv_heads, HEAD_DIM=head_dim,
         DIM_PADDED=max(16, next_power_of_2(head_dim)), BLOCK_SIZE=block_size,
-        BLOCK_M=work.block_m, BLOCK_N=block_size if descriptors else tuning.block_n,
-        WINDOWED=work.window is not None, DESCRIPTORS=descriptors, HAS_LSE=lse_out is not None,
+        BLOCK_M=work.block_m, BLOCK_N=tuning.block_n,
+        WINDOWED=work.window is not None, HAS_LSE=lse_out is not None,
         PDL=pdl, num_warps=tuning.num_warps, num_stages=tuning.num_stages, launch_pdl=pdl,
     )  # fmt: skip
     return out
@@ -202,11 +172,11 @@ def prefill_attention_triton(
 
 @triton.jit(do_not_specialize=["table_stride", "window"])
 def _prefill_kernel(
-    q, layer_kv, blocks, table, tiles, out, lse_out,
+    q, layer_kv, table, tiles, out, lse_out,
     q_stride, table_stride, slot_stride, head_stride, scale_log2, window,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOWED: tl.constexpr, DESCRIPTORS: tl.constexpr, HAS_LSE: tl.constexpr, PDL: tl.constexpr,
+    WINDOWED: tl.constexpr, HAS_LSE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program i: tile i // H for query head i % H; the heads of a KV head run side by side."""
     if PDL:
@@ -229,14 +199,10 @@ def _prefill_kernel(
     position_M = first_position + nth
     kv_head = head // GROUP
     head_kv = layer_kv + kv_head.to(tl.int64) * head_stride
-    # TMA finds a block at this row after that of the block's slot.
-    head_row = kv_head * (head_stride // HEAD_DIM)
     table_row = table + row * table_stride
 
     # Keys that some queries do not see yet because of the window; that all see; the diagonal.
     start = tl.load(tile + 5)
-    if DESCRIPTORS:
-        start = start // BLOCK_SIZE * BLOCK_SIZE
     state = (
         tl.zeros([BLOCK_M, DIM_PADDED], tl.float32),
         tl.full([BLOCK_M], float("-inf"), tl.float32),
@@ -251,8 +217,8 @@ def _prefill_kernel(
         start = seen_by_all
     diagonal = start + tl.maximum(first_position + 1 - start, 0) // BLOCK_N * BLOCK_N
     state = _attend_all(
-        q_MD, state, head_kv, blocks, head_row, table_row, start, diagonal, end,
-        slot_stride, scale_log2, HEAD_DIM, DIM_PADDED, BLOCK_SIZE, BLOCK_N, DESCRIPTORS,
+        q_MD, state, head_kv, table_row, start, diagonal, end,
+        slot_stride, scale_log2, HEAD_DIM, DIM_PADDED, BLOCK_SIZE, BLOCK_N,
     )  # fmt: skip
     attended, row_max, row_sum = _attend_masked(
         q_MD, state, head_kv, table_row, diagonal, end, end, position_M, window,
@@ -267,9 +233,9 @@ def _prefill_kernel(
 
 @jit
 def _attend_all(
-    q_MD, state, head_kv, blocks, head_row, table_row, start, stop, end, slot_stride, scale_log2,
+    q_MD, state, head_kv, table_row, start, stop, end, slot_stride, scale_log2,
     HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys `[start, stop)`, whole tiles that every query sees, into the softmax state."""
     attended, row_max, row_sum = state
@@ -277,21 +243,12 @@ def _attend_all(
     v_offset: tl.constexpr = BLOCK_SIZE * HEAD_DIM
     # Slots are loaded an iteration ahead: the pipeline would halve the tiles in flight if the place
     # of a load came from a load of the same iteration.
-    if DESCRIPTORS:
-        slot = load_slots(table_row, start, end, BLOCK_SIZE)
-    else:
-        slot = load_slots(table_row, start + nth, end, BLOCK_SIZE)
+    slot = load_slots(table_row, start + nth, end, BLOCK_SIZE)
     for key in range(start, stop, BLOCK_N):
-        if DESCRIPTORS:
-            next_slot = load_slots(table_row, key + BLOCK_N, end, BLOCK_SIZE)
-            block = slot * (slot_stride // HEAD_DIM) + head_row
-            k_ND = blocks.load([block, 0])
-            v_ND = blocks.load([block + BLOCK_SIZE, 0])
-        else:
-            next_slot = load_slots(table_row, key + BLOCK_N + nth, end, BLOCK_SIZE)
-            offset = token_offsets(slot, key + nth, slot_stride, BLOCK_SIZE, HEAD_DIM)
-            k_ND = load_tokens(head_kv, offset, True, False, HEAD_DIM, DIM_PADDED)
-            v_ND = load_tokens(head_kv + v_offset, offset, True, False, HEAD_DIM, DIM_PADDED)
+        next_slot = load_slots(table_row, key + BLOCK_N + nth, end, BLOCK_SIZE)
+        offset = token_offsets(slot, key + nth, slot_stride, BLOCK_SIZE, HEAD_DIM)
+        k_ND = load_tokens(head_kv, offset, True, False, HEAD_DIM, DIM_PADDED)
+        v_ND = load_tokens(head_kv + v_offset, offset, True, False, HEAD_DIM, DIM_PADDED)
         scores = tl.dot(q_MD, k_ND.T, input_precision="ieee")
         weights, shrink, row_max, row_sum = update(scores, scale_log2, row_max, row_sum)
         attended = tl.dot(

@@ -17,7 +17,6 @@ Bytes behind a context in its last block, and before a window in its first, are 
 they must be finite numbers.
 """
 
-import math
 from typing import Any, Final
 
 import torch
@@ -30,10 +29,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from baton.kernels.attention_arguments import check_attention_arguments
 from baton.kernels.jit import num_multiprocessors
-from baton.kernels.prefill_attention import check_prefill_arguments
 from baton.kernels.prefill_copies_hopper import item_of_turn, num_turns, produce
 from baton.kernels.prefill_work import PrefillWork
+from baton.kernels.softmax_state import LOG2_E
 
 BLOCK_M: Final = 128
 # Elements in a row of a swizzled shared tile: 128 bytes.
@@ -295,7 +295,7 @@ def prefill_attention_hopper(
     _, num_kv_heads, num_layers, _, block_size, _ = arena.shape
     if out is None:
         out = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
-    check_prefill_arguments(q_THD, arena, block_table_SN, scale, out, lse_out)
+    check_attention_arguments(q_THD, arena, block_table_SN, scale, out, lse_out)
     if len(work.tiles) == 0:
         return out
     box: Any = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -309,7 +309,7 @@ def prefill_attention_hopper(
     _prefill_kernel[(num_programs,)](
         q_desc, kv_desc, out, lse_out if lse_out is not None else out,
         work.tiles, block_table_SN, block_table_SN.stride(0), num_items, num_programs,
-        layer, num_layers, scale * math.log2(math.e), work.window or 0,
+        layer, num_layers, scale * LOG2_E, work.window or 0,
         D=head_dim, NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, STAGES=STAGES,
         HAS_WINDOW=work.window is not None, HAS_LSE=lse_out is not None,
         num_warps=4,

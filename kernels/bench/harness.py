@@ -56,9 +56,6 @@ class Context:
     def seconds_per_call(self, calls: Call | Sequence[Call], *, captured: bool = True) -> float:
         return seconds_per_call(calls, self.budget_s, captured=captured)
 
-    def seconds_per_graph(self, calls: Sequence[Call]) -> float:
-        return seconds_per_graph(calls, self.budget_s)
-
     def seconds_side_by_side(self, calls: Mapping[str, Sequence[Call]]) -> dict[str, float]:
         return seconds_side_by_side(calls, self.budget_s)
 
@@ -100,12 +97,6 @@ def seconds_side_by_side(calls: Mapping[str, Sequence[Call]], budget_s: float) -
         for name, replay in replays.items():
             took[name].append(_elapsed(replay))
     return {name: statistics.median(seconds) for name, seconds in took.items()}
-
-
-def seconds_per_graph(calls: Sequence[Call], budget_s: float) -> float:
-    """Median seconds of one replay of the graph that holds each call once."""
-    _warm_up(calls)
-    return _median_seconds(_captured(calls), budget_s)
 
 
 def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:

@@ -24,8 +24,7 @@ from baton.kernels.prefill_work import plan_prefill_work
 
 SHAPES = [Shape(8, 4, 32, 32), Shape(6, 1, 20, 5), Shape(3, 3, 16, 8), Shape(2, 1, 80, 20)]
 LAYER = 2
-POINTERS = PrefillTuning(block_n=16, num_warps=4, num_stages=2)
-DESCRIPTORS = PrefillTuning(num_warps=4, num_stages=2, descriptors=True)
+NARROW = PrefillTuning(block_n=16, num_warps=4, num_stages=2)
 # The weights of V are rounded to its dtype on their way into an MMA.
 ROUNDED_WEIGHTS = 2
 
@@ -97,29 +96,27 @@ def test_reference_leaves_out_blocks_that_no_query_sees() -> None:
 
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tuning", [POINTERS, DESCRIPTORS], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kernel_equals_fp64(shape: Shape, tuning: PrefillTuning, dtype: torch.dtype) -> None:
+def test_kernel_equals_fp64(shape: Shape, dtype: torch.dtype) -> None:
     block = shape.block_size
     lens = [(1, 1), (block, block), (0, 9), (3, 2 * block - 1), (20, 50), (block + 1, block + 1)]
     rows = Rows(shape, lens, dtype)
-    rows.check(*rows.run(tuning, block_m=16))
+    rows.check(*rows.run(NARROW, block_m=16))
 
 
 @needs_triton
-@pytest.mark.parametrize("tuning", [POINTERS, DESCRIPTORS], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("window", [1, 7, 33, 100])
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[1]])
-def test_window_hides_what_lies_before_it(shape: Shape, window: int, tuning: PrefillTuning) -> None:
+def test_window_hides_what_lies_before_it(shape: Shape, window: int) -> None:
     rows = Rows(shape, [(40, 40), (20, 75), (1, 64)], torch.float32, window)
-    rows.check(*rows.run(tuning, block_m=16))
+    rows.check(*rows.run(NARROW, block_m=16))
 
 
 @needs_triton
 @pytest.mark.parametrize("group", [1, 2, 4, 8])
 def test_query_heads_share_a_kv_head(group: int) -> None:
     rows = Rows(Shape(2 * group, 2, 16, 8), [(9, 19)], torch.float32)
-    rows.check(*rows.run(POINTERS, block_m=16))
+    rows.check(*rows.run(NARROW, block_m=16))
 
 
 @needs_triton
@@ -137,13 +134,13 @@ def test_queries_may_be_a_slice_of_wider_tokens() -> None:
     wide = poisoned(14, 12, 32, dtype=torch.float32)
     wide[:, :8] = rows.q
     rows.q = wide[:, :8]
-    rows.check(*rows.run(POINTERS, block_m=16))
+    rows.check(*rows.run(NARROW, block_m=16))
 
 
 @needs_triton
 def test_no_queries_are_no_work() -> None:
     rows = Rows(SHAPES[0], [(0, 4)], torch.float32)
-    out, lse = rows.run(POINTERS, block_m=16)
+    out, lse = rows.run(NARROW, block_m=16)
     assert out.shape == (0, 8, 32)
     assert lse.shape == (0, 8)
 
@@ -167,10 +164,9 @@ def test_tiles_start_at_the_window_of_their_first_query() -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("tuning", [PrefillTuning(), PrefillTuning(descriptors=True)])
-def test_the_geometry_of_llama(tuning: PrefillTuning) -> None:
+def test_the_geometry_of_llama() -> None:
     rows = Rows(Shape(32, 8, 128, 32), [(1, 33), (150, 150), (70, 300)], torch.bfloat16)
-    rows.check(*rows.run(tuning, block_m=128))
+    rows.check(*rows.run(PrefillTuning(), block_m=128))
 
 
 @needs_gpu
