@@ -3,8 +3,9 @@
     arena  [slot][kv_head][layer][k|v][token][head_dim]      a slot is contiguous: one descriptor
     words  [slot]                                            uint64, raised before bytes may change
 
-Heads are outermost in a slot, so that a tensor-parallel rank's share is one byte range. Both lie in
-anonymous page-aligned memory, which a transport can register. The arena has one slot more than it
+Heads are outermost in a slot, so that a tensor-parallel rank's share is one byte range. On the host
+both lie in anonymous page-aligned memory, which a transport can register; an arena may also lie on
+a CUDA device. The arena has one slot more than it
 tells of: `scratch_slot`, read by padding in block tables and never handed out.
 """
 
@@ -47,20 +48,20 @@ class ArenaLayout:
 class Arena:
     """`num_slots` slots and the scratch slot, all bytes zero at first.
 
-    The memory lives as long as this object or a tensor made from it. Raises `ConfigError` when the
-    machine does not give that much.
+    `device` is "cpu" or "cuda[:ordinal]". The memory lives as long as this object or a tensor made
+    from it. Raises `ConfigError` when the machine does not give that much, or has no such device.
     """
 
-    def __init__(self, layout: ArenaLayout, num_slots: int) -> None:
+    def __init__(self, layout: ArenaLayout, num_slots: int, device: str = "cpu") -> None:
         assert num_slots > 0, "an arena without slots serves nobody"
         self.layout = layout
         self._num_slots = num_slots
-        self._buffer = _anonymous_pages((num_slots + 1) * layout.block_bytes)
-        flat = torch.frombuffer(
-            self._buffer, dtype=layout.dtype, count=self.num_bytes // layout.dtype.itemsize
-        )
-        self._tensor = flat.view(num_slots + 1, *layout.block_shape)
-        assert self.base_address % mmap.PAGESIZE == 0, "mmap gives whole pages"
+        shape = (num_slots + 1, *layout.block_shape)
+        if device == "cpu":
+            self._tensor = _host_tensor(shape, layout.dtype)
+        else:
+            self._tensor = _cuda_tensor(shape, layout.dtype, device)
+        assert self.base_address % WORD_BYTES == 0, "blocks are read as words"
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -70,6 +71,11 @@ class Arena:
     @property
     def base_address(self) -> int:
         return self._tensor.data_ptr()
+
+    @property
+    def device(self) -> int | None:
+        """The ordinal of the CUDA device that holds the bytes; None for host memory."""
+        return self._tensor.get_device() if self._tensor.is_cuda else None
 
     @property
     def num_bytes(self) -> int:
@@ -118,6 +124,10 @@ class GenerationTable:
     def word(self, slot: Slot) -> Generation:
         return Generation(int(self._words[slot]))
 
+    def words(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+        """The words of the slots, copied."""
+        return self._words[slots]
+
     def raise_word(self, slot: Slot) -> Generation:
         """The slot's new generation."""
         self._words[slot] += np.uint64(1)
@@ -127,6 +137,36 @@ class GenerationTable:
         """Raise each named slot's word, by one even when it is named twice."""
         if slots:
             self._words[np.asarray(slots, dtype=np.int64)] += np.uint64(1)
+
+
+def _host_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros on pages of their own."""
+    count = prod(shape)
+    pages = _anonymous_pages(count * dtype.itemsize)
+    tensor = torch.frombuffer(pages, dtype=dtype, count=count)
+    assert tensor.data_ptr() % mmap.PAGESIZE == 0, "mmap gives whole pages"
+    return tensor.view(shape)
+
+
+def _cuda_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Zeros on a CUDA device, written before this returns."""
+    try:
+        place = torch.device(device)
+        if place.type != "cuda":
+            raise ConfigError(
+                f"arena_device is {device!r}; it must be cpu, cuda or cuda:<ordinal>",
+                field="arena_device",
+            )
+        tensor = torch.zeros(shape, dtype=dtype, device=place)
+        torch.cuda.synchronize(place)
+    # A device string that does not parse, no CUDA in this build, no such device, no memory.
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"cannot make an arena of {prod(shape) * dtype.itemsize} bytes on {device!r} "
+            f"({error}); name a device that this machine has, or use fewer blocks",
+            field="arena_device",
+        ) from error
+    return tensor
 
 
 def _anonymous_pages(num_bytes: int) -> mmap.mmap:

@@ -8,8 +8,12 @@ A slot is free, or held (reference count at least 1), or idle in the prefix cach
 Reference counts and on-the-spot allocation follow PagedAttention (Kwon et al., SOSP 2023).
 """
 
+from array import array
 from collections.abc import Iterable, Sequence
 from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from baton.common.ids import Slot
 
@@ -42,7 +46,7 @@ class BlockPool:
         self.num_slots = num_slots
         self._generations = generations
         self._keeper: SlotKeeper | None = None
-        self._refcounts = [0] * num_slots
+        self._refcounts = array("q", bytes(8 * num_slots))
         # A stack whose top is the slot freed last, lowest numbers first at the start.
         self._free = [Slot(index) for index in reversed(range(num_slots))]
         self._is_free = bytearray(b"\x01" * num_slots)
@@ -60,6 +64,14 @@ class BlockPool:
     def refcount(self, slot: Slot) -> int:
         """Holders of the slot: sequence tables, leases, open reads."""
         return self._refcounts[slot]
+
+    def refcounts(self) -> npt.NDArray[np.int64]:
+        """Holders of every slot, int64 `[num_slots]`: a copy."""
+        return np.frombuffer(self._refcounts, dtype=np.int64).copy()
+
+    def free_mask(self) -> npt.NDArray[np.bool_]:
+        """`is_free` of every slot, `[num_slots]`: a copy."""
+        return np.frombuffer(self._is_free, dtype=np.bool_).copy()
 
     def is_free(self, slot: Slot) -> bool:
         """Whether the slot can be taken, that is, neither held nor kept by the cache."""

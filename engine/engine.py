@@ -19,18 +19,24 @@ from baton.common.randomness import Randomness
 from baton.common.sampling import SamplingParams
 from baton.engine.arena import Arena, GenerationTable
 from baton.engine.block_pool import BlockPool
-from baton.engine.checkpoint import weights_id
+from baton.engine.checkpoint import LoadFormat, weights_id
 from baton.engine.conservation import check_conservation
+from baton.engine.device import Device, InlineDevice, ThreadDevice, Ticket
+from baton.engine.digests import DigestTable
 from baton.engine.kv_cache import KvCache
 from baton.engine.model import Model
-from baton.engine.model_config import load_model_config
+from baton.engine.model_config import ORACLE, load_model_config
+from baton.engine.oracle import ORACLE_WEIGHTS_ID
+from baton.engine.oracle_runner import ORACLE_MAX_DELAY_S, OracleRunner
 from baton.engine.prefix_cache import PrefixCache, PrefixListener
-from baton.engine.runner import ModelRunner, arena_layout
+from baton.engine.runner import ModelRunner, Runner, arena_layout
 from baton.engine.sampler import Sampler
 from baton.engine.sequence import Chunk, Sequence
 from baton.engine.weights import load_weights
 
 DEFAULT_KV_MEMORY_BYTES: Final = 256 * 2**20
+# For those who block on a step: far above the longest legal one, so that a hang has an end.
+STEP_DEADLINE_S: Final = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +59,10 @@ class EngineConfig:
     """"auto" reads safetensors; "dummy" fills seeded random weights."""
     num_threads: int | None = None
     """Threads of one operation on a CPU, for the whole process; torch's choice if not given."""
+    kv_digest: bool = False
+    """Keep a digest of each published block and check it before the block is used again."""
+    arena_device: str = "cpu"
+    """Where the arena lies: "cpu", or "cuda[:ordinal]" for the oracle model."""
     check_invariants: bool = False
     """Let `Engine.check` recount every slot: for tests, it costs O(slots)."""
 
@@ -71,11 +81,31 @@ class EngineConfig:
                 raise ConfigError(f"{name} is {value}; it must be at least 1", field=name)
 
 
-class Engine:
-    """A loaded model and its KV. `randomness` only starts the generations; sampling is seeded.
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A chunk as it was launched."""
 
-    Raises ModelError when the model folder cannot be used, ConfigError when the arena cannot be
-    made.
+    chunk: Chunk
+    is_last: bool
+    num_releases: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A launched step: its chunks, the slots that each may write, its tokens to come."""
+
+    rows: tuple[_Row, ...]
+    written: tuple[tuple[Slot, ...], ...]
+    ticket: Ticket[list[int]]
+
+
+class Engine:
+    """A loaded model and its KV. `randomness` starts the generations, and paces the device of an
+    oracle model; sampling is seeded.
+
+    `device` runs the steps and is closed with the engine: by default in place, for an oracle model
+    late on a thread of its own. Raises ModelError when the model folder cannot be used, ConfigError
+    when the arena cannot be made.
     """
 
     def __init__(
@@ -83,55 +113,153 @@ class Engine:
         config: EngineConfig,
         randomness: Randomness,
         prefix_listener: PrefixListener | None = None,
+        device: Device | None = None,
     ) -> None:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        load_format: Literal["safetensors", "dummy"] = (
-            "dummy" if config.load_format == "dummy" else "safetensors"
-        )
+        load_format: LoadFormat = "dummy" if config.load_format == "dummy" else "safetensors"
         self.model_config = load_model_config(
             config.model, dtype=config.dtype, max_model_len=config.max_model_len
         )
+        if config.arena_device != "cpu" and not self._is_oracle:
+            raise ConfigError(
+                f"arena_device is {config.arena_device!r}, and {self.model_config.architecture} "
+                "runs on the CPU; leave it at cpu",
+                field="arena_device",
+            )
         self.block_size = config.block_size
         layout = arena_layout(self.model_config, config.block_size)
         self.num_blocks = _num_blocks(config, layout.block_bytes)
         self.fingerprint_fields = self.model_config.fingerprint_fields(
-            config.block_size, weights_id(config.model, load_format)
+            config.block_size,
+            ORACLE_WEIGHTS_ID if self._is_oracle else weights_id(config.model, load_format),
         )
         self.fingerprint = fingerprint(self.fingerprint_fields)
-        self.arena = Arena(layout, self.num_blocks)
+        self.arena = Arena(layout, self.num_blocks, config.arena_device)
         self.generations = GenerationTable(self.num_blocks, randomness)
         self.pool = BlockPool(self.num_blocks, self.generations)
         self.prefix = PrefixCache(self.pool, prefix_listener)
-        self.kv = KvCache(self.pool, self.prefix, config.block_size)
-        weights = load_weights(config.model, self.model_config, load_format)
-        self.runner = ModelRunner(Model(self.model_config, weights), self.arena)
+        self.digests = DigestTable(self.arena, self.generations) if config.kv_digest else None
+        self.kv = KvCache(self.pool, self.prefix, config.block_size, self.digests)
+        self.runner: Runner = self._load_runner(config.model, load_format)
         self.sampler = Sampler(self.model_config.eos_token_ids)
+        self.device = self._default_device(randomness) if device is None else device
+        self._flight: _Flight | None = None
         self._check_invariants = config.check_invariants
 
+    @property
+    def _is_oracle(self) -> bool:
+        return self.model_config.architecture == ORACLE
+
+    def _load_runner(self, folder: Path, load_format: LoadFormat) -> Runner:
+        if self._is_oracle:
+            return OracleRunner(self.model_config, self.arena)
+        weights = load_weights(folder, self.model_config, load_format)
+        return ModelRunner(Model(self.model_config, weights), self.arena)
+
+    def _default_device(self, randomness: Randomness) -> Device:
+        if self._is_oracle:
+            return ThreadDevice(randomness, ORACLE_MAX_DELAY_S)
+        return InlineDevice()
+
     def new_sequence(
-        self, prompt: list[int], sampling: SamplingParams, tenant_key: bytes
+        self,
+        prompt: list[int],
+        sampling: SamplingParams,
+        tenant_key: bytes,
+        output: Iterable[int] = (),
     ) -> Sequence:
-        """A sequence without blocks. Its blocks are shared within `tenant_key` alone."""
+        """A sequence without blocks. Its blocks are shared within `tenant_key` alone.
+
+        `output` are the tokens that an earlier attempt emitted. The boundary stays that of the
+        prompt, so penalties, min_tokens, draws and finish reasons continue as if nothing happened.
+        """
         return Sequence(
-            tokens=list(prompt),
+            tokens=[*prompt, *output],
             prompt_len=len(prompt),
             sampling=sampling,
             tenant_key=tenant_key,
             root=root_hash(tenant_key, self.fingerprint),
         )
 
-    def step(self, chunks: list[Chunk]) -> list[tuple[Sequence, int]]:
-        """Forward the chunks; sample and append one token for each that is its sequence's last.
+    @property
+    def in_flight(self) -> bool:
+        """Whether a launched step has not been collected."""
+        return self._flight is not None
 
-        Publishing, finishing and releasing are left to the caller.
+    @property
+    def retiring(self) -> list[tuple[Slot, ...]]:
+        """The slots that the step in flight may still write, per chunk, each with a pin of its own.
+
+        What a cancelled sequence lets go of meanwhile stays out of every hand until `collect`.
         """
+        return [] if self._flight is None else list(self._flight.written)
+
+    def launch(self, chunks: list[Chunk]) -> None:
+        """Start a step that forwards the chunks, at least one; `collect` has its outcome.
+
+        Until then no counter moves and no token is appended. The caller may release sequences of
+        the step or extend their tables, and must not change their tokens.
+        """
+        assert self._flight is None, "one step is in flight at most"
+        forward = self.runner.prepare(chunks)
         last = [chunk.sequence for chunk in chunks if chunk.is_last]
-        logits = self.runner.forward(chunks)
-        sampled = list(zip(last, self.sampler.sample(logits, last), strict=True))
-        for sequence, token in sampled:
-            sequence.tokens.append(token)
-        return sampled
+        written = tuple(_written_slots(chunk, self.block_size) for chunk in chunks)
+        for slots in written:
+            self.kv.pin(slots)
+            if self.digests is not None:
+                self.digests.forget(slots)
+        ticket = self.device.submit(lambda: self.sampler.sample(forward(), last))
+        rows = tuple(_Row(chunk, chunk.is_last, chunk.sequence.num_releases) for chunk in chunks)
+        self._flight = _Flight(rows, written, ticket)
+
+    def collect(self) -> list[tuple[Sequence, int | None]] | None:
+        """The outcome of the launched step: None while it runs, [] when there is none.
+
+        Else each chunk's sequence with the token sampled after it, or None when the chunk was not
+        its last, in chunk order. Their counters have moved and their tokens are appended: from now
+        on what the step wrote may be published. Sequences released during the flight are left out
+        and not changed. Raises what the step raised. Publishing, finishing and releasing are left
+        to the caller.
+        """
+        flight = self._flight
+        if flight is None:
+            return []
+        if not flight.ticket.poll():
+            return None
+        self._flight = None
+        for slots in flight.written:
+            self.kv.unpin(reversed(slots))
+        sampled = iter(flight.ticket.result())
+        outcome: list[tuple[Sequence, int | None]] = []
+        for row in flight.rows:
+            token = next(sampled) if row.is_last else None
+            sequence = row.chunk.sequence
+            if sequence.num_releases != row.num_releases:
+                continue
+            sequence.advance(row.chunk.num_tokens)
+            if token is not None:
+                assert sequence.num_pending == 0, "the tokens of a launched chunk were changed"
+                sequence.tokens.append(token)
+            outcome.append((sequence, token))
+        return outcome
+
+    def wait(self, timeout_s: float) -> None:
+        """Block until the launched step can be collected; InternalError when it takes longer."""
+        if self._flight is not None:
+            self._flight.ticket.wait(timeout_s)
+
+    def step(self, chunks: list[Chunk]) -> list[tuple[Sequence, int]]:
+        """Launch, wait and collect: each sequence that got a token, with the token."""
+        self.launch(chunks)
+        self.wait(STEP_DEADLINE_S)
+        outcome = self.collect()
+        assert outcome is not None, "a step that was waited for has ended"
+        return [(sequence, token) for sequence, token in outcome if token is not None]
+
+    def close(self) -> None:
+        """End the device; no step runs afterwards. Idempotent."""
+        self.device.close()
 
     def check(
         self,
@@ -140,7 +268,6 @@ class Engine:
         leased: Iterable[Collection[Slot]] = (),
         receiving: Iterable[Collection[Slot]] = (),
         quarantined: Iterable[Collection[Slot]] = (),
-        retiring: Iterable[Collection[Slot]] = (),
     ) -> None:
         """`check_conservation` of this engine's slots, if its config asks for it."""
         if self._check_invariants:
@@ -151,7 +278,7 @@ class Engine:
                 leased=leased,
                 receiving=receiving,
                 quarantined=quarantined,
-                retiring=retiring,
+                retiring=self.retiring,
             )
 
 
@@ -167,3 +294,10 @@ def _num_blocks(config: EngineConfig, block_bytes: int) -> int:
             field="kv_memory_bytes",
         )
     return config.kv_memory_bytes // block_bytes
+
+
+def _written_slots(chunk: Chunk, block_size: int) -> tuple[Slot, ...]:
+    """The slots that hold tokens of the chunk."""
+    start = chunk.sequence.num_computed
+    end = start + chunk.num_tokens
+    return tuple(chunk.sequence.slots[start // block_size : -(-end // block_size)])

@@ -12,18 +12,31 @@ from collections.abc import Iterable
 
 from baton.common.ids import Slot
 from baton.engine.block_pool import BlockPool
+from baton.engine.digests import DigestTable
 from baton.engine.prefix_cache import PrefixCache
 from baton.engine.sequence import Sequence
 
 
 class KvCache:
-    """Reserves, publishes and releases tables. One pool serves cache and running sequences."""
+    """Reserves, publishes and releases tables. One pool serves cache and running sequences.
 
-    def __init__(self, pool: BlockPool, prefix: PrefixCache, block_size: int) -> None:
+    With `digests` each published block has one, and no hit is used whose bytes have changed.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        prefix: PrefixCache,
+        block_size: int,
+        digests: DigestTable | None = None,
+    ) -> None:
         assert block_size > 0
         self._pool = pool
         self._prefix = prefix
         self.block_size = block_size
+        self._digests = digests
+        # Cached blocks whose bytes were found changed, since the start.
+        self.num_digest_mismatches = 0
 
     @property
     def available(self) -> int:
@@ -50,13 +63,20 @@ class KvCache:
         """Give the sequence blocks for `[0, num_tokens)`: all of them, or False and no change.
 
         Full blocks inside `[0, limit_tokens)` come from the cache where it holds them. The limit
-        is below the newest known token, because that one must be forwarded to get logits.
+        is below the newest known token, because that one must be forwarded to get logits. Hits
+        that fail their digest are dropped from the cache first, also when False comes of that.
         """
         assert not sequence.slots, "the sequence already has a table"
         assert 0 <= limit_tokens <= num_tokens, "hits lie within the reservation"
+        # Verified only when there is room: a waiting sequence asks again and again.
         if not self.fits(sequence, num_tokens, limit_tokens):
             return False
         hits = self._prefix.match(sequence.full_hashes(limit_tokens, self.block_size))
+        num_right = self._drop_mismatches(hits)
+        if num_right < len(hits):
+            del hits[num_right:]
+            if not self.fits(sequence, num_tokens, limit_tokens):
+                return False
         self._pool.pin(hits)
         sequence.slots = hits + self._take(self.num_blocks(num_tokens) - len(hits))
         sequence.num_cached = sequence.num_computed = len(hits) * self.block_size
@@ -83,6 +103,8 @@ class KvCache:
         if num_full <= sequence.num_published:
             return
         hashes = sequence.full_hashes(num_final, self.block_size)
+        if self._digests is not None:
+            self._digests.record(sequence.slots[sequence.num_published : num_full])
         self._prefix.insert(hashes, sequence.slots, sequence.num_published)
         sequence.num_published = num_full
 
@@ -95,6 +117,7 @@ class KvCache:
         slots, sequence.slots = sequence.slots, []
         sequence.num_computed = 0
         sequence.num_published = 0
+        sequence.num_releases += 1
         # Leaf to root, so that each release of a node ends at once at its still busy parent.
         self._pool.unpin(reversed(slots))
 
@@ -109,6 +132,17 @@ class KvCache:
     def drop_all_cached(self) -> int:
         """Evict everything that nobody holds; the number of blocks dropped."""
         return len(self._prefix.evict(self._prefix.num_evictable))
+
+    def _drop_mismatches(self, hits: list[Slot]) -> int:
+        """Drop the hits whose bytes have changed; how many lead up to the first of them."""
+        if self._digests is None or not hits:
+            return len(hits)
+        wrong = self._digests.mismatches(hits)
+        if not wrong:
+            return len(hits)
+        self.num_digest_mismatches += len(wrong)
+        self._prefix.drop([hits[index] for index in wrong])
+        return wrong[0]
 
     def _take(self, count: int) -> list[Slot]:
         self._prefix.evict(max(0, count - self._pool.num_free))

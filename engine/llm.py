@@ -35,6 +35,8 @@ class EngineOptions(TypedDict, total=False):
     max_model_len: int | None
     load_format: Literal["auto", "dummy"]
     num_threads: int | None
+    kv_digest: bool
+    arena_device: str
     check_invariants: bool
 
 

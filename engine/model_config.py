@@ -27,6 +27,8 @@ LLAMA: Final = "LlamaForCausalLM"
 MISTRAL: Final = "MistralForCausalLM"
 QWEN2: Final = "Qwen2ForCausalLM"
 QWEN3: Final = "Qwen3ForCausalLM"
+# No transformer: see `baton.engine.oracle`. For tests, so no error message offers it.
+ORACLE: Final = "BatonOracle"
 ARCHITECTURES: Final = (LLAMA, MISTRAL, QWEN2, QWEN3)
 
 
@@ -147,7 +149,7 @@ def load_model_config(
 
 def _read_architecture(config: ConfigFile) -> str:
     names = config.raw("architectures")
-    if isinstance(names, list) and len(names) == 1 and names[0] in ARCHITECTURES:
+    if isinstance(names, list) and len(names) == 1 and names[0] in (*ARCHITECTURES, ORACLE):
         return str(names[0])
     raise config.error("architectures", f"not supported; supported are {', '.join(ARCHITECTURES)}")
 

@@ -11,9 +11,9 @@ O(1) per block and `num_evictable` is a counter.
 RadixAttention with leaf-first LRU: Zheng et al., "SGLang", NeurIPS 2024; block hashes: vLLM.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import NamedTuple, Protocol
 
 from baton.common.ids import BlockHash, Slot
@@ -70,6 +70,8 @@ class PrefixCache:
         # Lazy: an entry (last use, ticket, node) may be out of date and is checked when popped.
         self._heap: list[tuple[int, int, _Node]] = []
         self._ticket = 0
+        # Slots that were dropped while somebody held them: they do not come back by a publication.
+        self._barred: set[Slot] = set()
         pool.attach(self)
 
     def __len__(self) -> int:
@@ -82,6 +84,10 @@ class PrefixCache:
 
     def holds(self, slot: Slot) -> bool:
         return slot in self._by_slot
+
+    def slots(self) -> Collection[Slot]:
+        """The slots of all nodes, in no order, as a view."""
+        return self._by_slot.keys()
 
     def blocks(self) -> Iterator[CachedBlock]:
         """All nodes, each parent before its children."""
@@ -119,9 +125,13 @@ class PrefixCache:
 
         A hash that is already there keeps its first slot; the duplicate stays the caller's own. An
         ancestor may be gone: a twin in another slot published it and was evicted since. Then the
-        path is repaired with the caller's slots, so that no node lacks its parent.
+        path is repaired with the caller's slots, so that no node lacks its parent. What follows a
+        dropped block of the table was computed from wrong bytes, and is left out.
         """
         assert 0 <= start <= len(hashes) <= len(slots), "each block of the path has a slot"
+        if self._barred:
+            hashes = hashes[: self._num_trusted(slots[: len(hashes)])]
+            start = min(start, len(hashes))
         while start > 0 and hashes[start - 1] not in self._nodes:
             start -= 1
         self._clock += 1
@@ -150,10 +160,37 @@ class PrefixCache:
         self._pool.reclaim(slots)
         return slots
 
+    def drop(self, slots: Sequence[Slot]) -> int:
+        """Forget the blocks in `slots`, whose bytes are wrong, with all that follows them in the
+        tree; the number of nodes that went. Costs O(tree).
+
+        A held slot just stops being cached: it is freed when its last holder lets go, and until
+        then no publication of a table with it puts that block or a later one back.
+        """
+        named = set(slots)
+        doomed: list[_Node] = []
+        for node in self._nodes.values():
+            # Parents come before their children here, so one pass finds whole subtrees.
+            if node.slot in named or (node.parent is not None and node.parent.slot in named):
+                named.add(node.slot)
+                doomed.append(node)
+        for node in reversed(doomed):
+            if node.num_busy > 0:
+                assert node.num_busy == 1, "its children are gone, its slot's holder is left"
+                self._release(node)
+            self._remove(node)
+        gone = set(doomed)
+        self._heap = [entry for entry in self._heap if entry[2] not in gone]
+        heapify(self._heap)
+        self._barred.update(slot for slot in named if self._pool.refcount(slot) > 0)
+        self._pool.reclaim(node.slot for node in doomed if node.slot not in self._barred)
+        return len(doomed)
+
     def slot_idle(self, slot: Slot) -> bool:
         """The pool's word that the last holder of `slot` let go; whether the cache keeps it."""
         node = self._by_slot.get(slot)
         if node is None:
+            self._barred.discard(slot)
             return False
         # A block counts as used until its last holder let go, not just when it was matched.
         self._clock += 1
@@ -164,6 +201,10 @@ class PrefixCache:
     def slot_busy(self, slot: Slot) -> None:
         """The pool's word that a kept slot has a holder again."""
         self._retain(self._by_slot[slot])
+
+    def _num_trusted(self, table: Sequence[Slot]) -> int:
+        """Leading slots of the table before the first that was dropped."""
+        return next((n for n, slot in enumerate(table) if slot in self._barred), len(table))
 
     def _add(self, block: BlockHash, slot: Slot, parent: _Node | None) -> _Node:
         assert slot not in self._by_slot, f"slot {slot} already holds another cached block"

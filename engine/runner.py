@@ -1,14 +1,46 @@
-"""Runs chunks through the model and moves the progress counters of their sequences."""
+"""From chunks to logits, in two halves: metadata on the caller's thread, the rest on the device.
 
+    prepare(chunks)   engine thread   reads the sequences, builds the batch; writes nothing
+    forward()         device          writes KV into the arena, returns logits
+
+The second half touches no sequence, so that they may change while a step is in flight.
+"""
+
+from collections.abc import Callable
 from collections.abc import Sequence as Ordered
+from functools import partial
+from typing import Protocol
 
 import torch
 
 from baton.engine.arena import Arena, ArenaLayout
-from baton.engine.batch import build_batch
+from baton.engine.batch import Batch, build_batch
 from baton.engine.model import Model
 from baton.engine.model_config import ModelConfig
 from baton.engine.sequence import Chunk
+
+# Runs a prepared step and returns fp32 `[n, vocab]`: in order, the logits after the newest token of
+# each chunk that is last. All that it writes is final when it returns.
+Forward = Callable[[], torch.Tensor]
+
+
+class Runner(Protocol):
+    """A model over an arena."""
+
+    @property
+    def tokens_forwarded(self) -> int:
+        """Work done by this runner: the oracle of tests that count recomputation."""
+        ...
+
+    @property
+    def steps(self) -> int: ...
+
+    def prepare(self, chunks: Ordered[Chunk]) -> Forward:
+        """The step that forwards `chunks`, as work for a device.
+
+        It writes the slots of the chunks' tokens; their generations must have been raised before.
+        """
+        ...
 
 
 def arena_layout(config: ModelConfig, block_size: int) -> ArenaLayout:
@@ -23,32 +55,31 @@ def arena_layout(config: ModelConfig, block_size: int) -> ArenaLayout:
 
 
 class ModelRunner:
-    """One model over one arena, which must have the model's layout."""
+    """One transformer over one arena, which must have the model's layout."""
 
     def __init__(self, model: Model, arena: Arena) -> None:
         expected = arena_layout(model.config, arena.layout.block_size)
         assert arena.layout == expected, f"arena {arena.layout}, model {expected}"
         self._model = model
         self._arena = arena
-        # Work done by this runner: the oracle of tests that count recomputation.
-        self.tokens_forwarded = 0
-        self.steps = 0
+        self._tokens_forwarded = 0
+        self._steps = 0
 
     @property
-    def config(self) -> ModelConfig:
-        return self._model.config
+    def tokens_forwarded(self) -> int:
+        return self._tokens_forwarded
 
-    def forward(self, chunks: Ordered[Chunk]) -> torch.Tensor:
-        """Forward `chunks` in one step and return fp32 `[n, vocab]`: in order, the logits after
-        the newest token of each chunk that is last.
+    @property
+    def steps(self) -> int:
+        return self._steps
 
-        Writes the slots of the chunks' tokens; their generations must have been raised before.
-        """
-        batch = build_batch(chunks, self._arena.layout.block_size, self._arena.scratch_slot)
+    def prepare(self, chunks: Ordered[Chunk]) -> Forward:
+        arena = self._arena
+        batch = build_batch(chunks, arena.layout.block_size, arena.scratch_slot)
+        return partial(self._execute, batch)
+
+    def _execute(self, batch: Batch) -> torch.Tensor:
         logits = self._model.forward(batch, self._arena.tensor)
-        for chunk in chunks:
-            chunk.sequence.num_computed += chunk.num_tokens
-            chunk.sequence.num_forwarded += chunk.num_tokens
-        self.tokens_forwarded += batch.num_tokens
-        self.steps += 1
+        self._tokens_forwarded += batch.num_tokens
+        self._steps += 1
         return logits

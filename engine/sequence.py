@@ -31,6 +31,8 @@ class Sequence:
     num_published: int = 0
     # Tokens that this worker forwarded for the sequence.
     num_forwarded: int = 0
+    # How often its table was let go: tells a step in flight that the table is no longer its own.
+    num_releases: int = 0
 
     @property
     def num_output(self) -> int:
@@ -40,6 +42,12 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens known but not computed: a prompt's rest, or the one sampled last."""
         return len(self.tokens) - self.num_computed
+
+    def advance(self, num_tokens: int) -> None:
+        """The KV of the next `num_tokens` tokens is in the arena, seen to be written."""
+        assert 0 < num_tokens <= self.num_pending, "only known tokens have KV"
+        self.num_computed += num_tokens
+        self.num_forwarded += num_tokens
 
     def full_hashes(self, num_tokens: int, block_size: int) -> list[BlockHash]:
         """Hashes of the full blocks within the first `num_tokens` tokens."""

@@ -1,7 +1,8 @@
 """Pool, prefix cache and KV cache together against a naive model, on random histories.
 
 The model knows which path each slot's bytes were written for. A shared slot with other bytes, a
-reservation that is not all or nothing, a leaked pin or a wrong generation all show up in it.
+reservation that is not all or nothing, a leaked pin or a wrong generation all show up in it. A step
+in flight writes late: into slots that were its own when it was launched, whoever has them then.
 """
 
 from collections import Counter
@@ -22,11 +23,14 @@ from baton.common.randomness import SeededRandomness
 from baton.common.sampling import SamplingParams
 from baton.engine.arena import GenerationTable
 from baton.engine.block_pool import BlockPool
+from baton.engine.census import census
 from baton.engine.conservation import check_conservation
 from baton.engine.kv_cache import KvCache
 from baton.engine.prefix_cache import PrefixCache
 from baton.engine.sequence import Sequence
 
+# What a slot holds whose bytes were found wrong, or were computed from such bytes.
+WRONG = "wrong"
 BLOCK = 2
 NUM_SLOTS = 9
 TENANTS = (b"red", b"blue")
@@ -48,7 +52,10 @@ class KvMachine(RuleBasedStateMachine):
         self.kv = KvCache(self.pool, self.prefix, BLOCK)
         self.sequences = []
         self.pins = {"leased": [], "receiving": [], "quarantined": [], "retiring": []}
-        # The model: what each slot's bytes are for, the cached paths by hash, words of held slots.
+        # Rows of the step in flight: (sequence, its num_releases, start, end, table, slots, words).
+        self.flight = []
+        # The model: what each slot's bytes are for, the path of each hash, parents of cached
+        # blocks, words of held slots.
         self.written = {}
         self.paths = {}
         self.cached = {}
@@ -130,17 +137,64 @@ class KvMachine(RuleBasedStateMachine):
     def compute(self, index, tokens):
         """Forward a chunk, write its KV, publish; an output token follows a finished prompt."""
         sequence = self.pick(index)
-        end = min(sequence.num_computed + tokens, len(sequence.tokens))
-        end = min(end, len(sequence.slots) * BLOCK)
-        for position in range(sequence.num_computed, end):
-            slot = sequence.slots[position // BLOCK]
-            assert self.pool.refcount(slot) > 0
-            if position % BLOCK == BLOCK - 1:
-                self.written[slot] = self.path(sequence, position // BLOCK)
+        if any(row[0] is sequence for row in self.flight):
+            return
+        start, end = self.chunk(sequence, tokens)
+        self.write(sequence, sequence.slots, start, end)
+        self.advance(sequence, end)
+
+    def chunk(self, sequence, tokens):
+        start = sequence.num_computed
+        end = min(start + tokens, len(sequence.tokens), len(sequence.slots) * BLOCK)
+        return start, max(start, end)
+
+    def write(self, sequence, table, start, end):
+        """The blocks that the chunk fills have their bytes now; wrong ones if one before was."""
+        for position in range(start, end):
+            index, offset = divmod(position, BLOCK)
+            if offset == BLOCK - 1:
+                is_right = all(self.written.get(slot) != WRONG for slot in table[: index + 1])
+                self.written[table[index]] = self.path(sequence, index) if is_right else WRONG
+
+    def advance(self, sequence, end):
         sequence.num_computed = end
+        for index, block in enumerate(sequence.full_hashes(end, BLOCK)):
+            self.paths[block] = self.path(sequence, index)
         self.kv.publish(sequence, len(sequence.tokens))
         if end == len(sequence.tokens):
-            sequence.tokens.append(tokens % 2)
+            sequence.tokens.append(end % 2)
+
+    @precondition(lambda self: self.sequences and not self.flight)
+    @rule(index=ANY_INDEX, count=st.integers(1, 2), tokens=st.integers(1, 5))
+    def launch(self, index, count, tokens):
+        """A step starts; from now on the slots that it will write have a holder more."""
+        chosen = {id(each): each for each in (self.pick(index + n) for n in range(count))}
+        for sequence in chosen.values():
+            start, end = self.chunk(sequence, tokens)
+            if start == end:
+                continue
+            table = list(sequence.slots)
+            slots = table[start // BLOCK : -(-end // BLOCK)]
+            words = [self.generations.word(slot) for slot in slots]
+            self.kv.pin(slots)
+            self.pins["retiring"].append(slots)
+            self.flight.append((sequence, sequence.num_releases, start, end, table, slots, words))
+
+    @precondition(lambda self: self.flight)
+    @rule()
+    def writer_done(self):
+        """The step has written, and its event is seen."""
+        flight, self.flight = self.flight, []
+        for sequence, num_releases, start, end, table, slots, words in flight:
+            is_own = sequence.num_releases == num_releases
+            others = [each.slots for each in self.sequences if each is not sequence or not is_own]
+            assert not {slot for other in others for slot in other} & set(slots)
+            assert [self.generations.word(slot) for slot in slots] == words
+            self.pins["retiring"].remove(slots)
+            self.kv.unpin(reversed(slots))
+            if is_own:
+                self.write(sequence, table, start, end)
+                self.advance(sequence, end)
 
     @precondition(lambda self: self.sequences)
     @rule(index=ANY_INDEX, more=st.integers(0, 4))
@@ -155,9 +209,9 @@ class KvMachine(RuleBasedStateMachine):
             self.written.pop(slot, None)
 
     @precondition(lambda self: self.sequences)
-    @rule(index=ANY_INDEX, outlives=st.sampled_from([None, "retiring", "quarantined", "receiving"]))
+    @rule(index=ANY_INDEX, outlives=st.sampled_from([None, "quarantined", "receiving"]))
     def release(self, index, outlives):
-        """A sequence ends; a launched step or an unfinished read may still hold its slots."""
+        """A sequence ends, perhaps in flight; an unfinished read may still hold its slots."""
         sequence = self.pick(index)
         if outlives is not None:
             own = sequence.slots[sequence.num_published :]
@@ -181,10 +235,21 @@ class KvMachine(RuleBasedStateMachine):
         self.kv.pin(slots)
         self.pins["leased"].append(list(slots))
 
-    @precondition(lambda self: any(self.pins.values()))
+    @precondition(lambda self: self.pins["receiving"])
+    @rule(index=ANY_INDEX)
+    def quarantine(self, index):
+        """The request of an open read is gone, and the read is not: its pin outlives the table."""
+        reads = self.pins["receiving"]
+        self.pins["quarantined"].append(reads.pop(index % len(reads)))
+
+    def unpinnable(self):
+        """Listings whose entries end by themselves; a step's end with `writer_done`."""
+        return [name for name, pins in self.pins.items() if pins and name != "retiring"]
+
+    @precondition(unpinnable)
     @rule(index=ANY_INDEX)
     def unpin(self, index):
-        kinds = [name for name, pins in self.pins.items() if pins]
+        kinds = self.unpinnable()
         pins = self.pins[kinds[index % len(kinds)]]
         self.kv.unpin(pins.pop(index % len(pins)))
 
@@ -195,6 +260,38 @@ class KvMachine(RuleBasedStateMachine):
         slots = self.prefix.evict(count)
         assert len(set(slots)) == count
         assert not any(slot in held for slot in slots)
+
+    @precondition(lambda self: self.sequences)
+    @rule(index=ANY_INDEX, tokens=st.integers(0, 3))
+    def reserve_again(self, index, tokens):
+        """Preempted and admitted at once, perhaps while its step is in flight."""
+        sequence = self.pick(index)
+        self.kv.release(sequence)
+        self.generation_of_a_held_slot_stands_still()
+        limit = len(sequence.tokens) - 1
+        if self.kv.reserve(sequence, len(sequence.tokens) + tokens, limit):
+            for slot in sequence.slots[sequence.num_cached // BLOCK :]:
+                self.written.pop(slot, None)
+        else:
+            self.sequences.remove(sequence)
+
+    @precondition(lambda self: self.cached)
+    @rule(index=ANY_INDEX, count=st.integers(1, 2))
+    def drop(self, index, count):
+        """Bytes of cached blocks turn out to be wrong: they go with all that follows them."""
+        blocks = list(self.prefix.blocks())
+        named = {blocks[(index + 3 * n) % len(blocks)].slot for n in range(count)}
+        doomed = set()
+        for block in blocks:
+            if block.slot in named or block.parent in doomed:
+                doomed.add(block.hash)
+        slots = {block.slot for block in blocks if block.hash in doomed}
+        held = self.held()
+        assert self.prefix.drop(sorted(named)) == len(doomed)
+        assert not doomed & self.cached.keys()
+        for slot in slots:
+            self.written[slot] = WRONG
+            assert self.pool.is_free(slot) == (slot not in held)
 
     @rule()
     def drop_all_cached(self):
@@ -208,13 +305,24 @@ class KvMachine(RuleBasedStateMachine):
         assert sum(totals.values()) == NUM_SLOTS
         assert self.kv.available == self.naive_available(())
         assert {block.hash for block in self.prefix.blocks()} == set(self.cached)
+        found = census(self.pool, self.prefix, sequences=self.sequences, **self.pins)
+        assert found.counts == totals
+        assert found.is_consistent
+        assert found.num_blocks == NUM_SLOTS
 
     @invariant()
     def bytes_are_those_of_the_path(self):
         for sequence in self.sequences:
             for index in range(sequence.num_computed // BLOCK):
-                slot = sequence.slots[index]
-                assert self.written[slot] == self.path(sequence, index)
+                found = self.written[sequence.slots[index]]
+                if found == WRONG:
+                    break
+                assert found == self.path(sequence, index)
+
+    @invariant()
+    def cached_bytes_are_those_of_the_hash(self):
+        for block in self.prefix.blocks():
+            assert self.written[block.slot] == self.paths[block.hash]
 
     @invariant()
     def generation_of_a_held_slot_stands_still(self):

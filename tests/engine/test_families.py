@@ -150,12 +150,20 @@ def reveal(sequence: Sequence, num_tokens: int) -> Sequence:
     )
 
 
+def forward(runner: ModelRunner, chunks: list[Chunk]) -> torch.Tensor:
+    """One step, and the progress that an engine would note."""
+    logits = runner.prepare(chunks)()
+    for chunk in chunks:
+        chunk.sequence.advance(chunk.num_tokens)
+    return logits
+
+
 def run_in_steps(runner: ModelRunner, sequence: Sequence, sizes: list[int]) -> torch.Tensor:
     """Forward `sizes` tokens after each other: the logits after each of those steps."""
     logits = []
     for size in sizes:
         view = reveal(sequence, sequence.num_computed + size)
-        logits.append(runner.forward([Chunk(view, size)]))
+        logits.append(forward(runner, [Chunk(view, size)]))
         sequence.num_computed = view.num_computed
     return torch.cat(logits)
 
@@ -183,13 +191,13 @@ def test_a_mixed_step_equals_each_row_alone(name: str, tmp_path: Path) -> None:
     reference.save_pretrained(tmp_path)
     runner = make_runner(tmp_path)
     first, second, third, fourth = make_sequences([40, 13, 29, 50], SIZES["vocab_size"])
-    runner.forward([Chunk(first, 39), Chunk(third, 10), Chunk(second, 12)])
+    forward(runner, [Chunk(first, 39), Chunk(third, 10), Chunk(second, 12)])
     # Decode, a chunk that is not last, decode, a whole prompt.
-    logits = runner.forward(
-        [Chunk(first, 1), Chunk(third, 18), Chunk(second, 1), Chunk(fourth, 50)]
+    logits = forward(
+        runner, [Chunk(first, 1), Chunk(third, 18), Chunk(second, 1), Chunk(fourth, 50)]
     )
     assert third.num_pending == 1
-    last = runner.forward([Chunk(third, 1)])
+    last = forward(runner, [Chunk(third, 1)])
     with torch.no_grad():
         expected = [
             reference(torch.tensor([sequence.tokens])).logits[0, -1]
@@ -203,12 +211,12 @@ def test_short_and_long_rows_decode_in_one_step(tmp_path: Path) -> None:
     reference.save_pretrained(tmp_path)
     runner = make_runner(tmp_path)
     sequences = make_sequences([9, 120, 41, 2, 70], SIZES["vocab_size"])
-    runner.forward([Chunk(sequence, len(sequence.tokens) - 1) for sequence in sequences])
+    forward(runner, [Chunk(sequence, len(sequence.tokens) - 1) for sequence in sequences])
     chunks = [Chunk(sequence, 1) for sequence in sequences]
     groups = build_batch(chunks, BLOCK_SIZE, Slot(NUM_SLOTS)).decode
     # 15, 9, 6, 2 and 1 blocks: each group's shortest is at least half its longest.
     assert [group.block_table.shape for group in groups] == [(2, 15), (1, 6), (2, 2)]
-    logits = runner.forward(chunks)
+    logits = forward(runner, chunks)
     with torch.no_grad():
         expected = [reference(torch.tensor([s.tokens])).logits[0, -1] for s in sequences]
     assert (logits - torch.stack(expected)).abs().max() < TOLERANCE
@@ -218,9 +226,9 @@ def test_a_chunk_that_is_not_last_gives_no_logits(tmp_path: Path) -> None:
     make_model("llama").save_pretrained(tmp_path)
     runner = make_runner(tmp_path)
     [sequence] = make_sequences([20], SIZES["vocab_size"])
-    assert runner.forward([Chunk(sequence, 9)]).shape == (0, SIZES["vocab_size"])
+    assert forward(runner, [Chunk(sequence, 9)]).shape == (0, SIZES["vocab_size"])
     assert (sequence.num_computed, sequence.num_forwarded) == (9, 9)
-    assert runner.forward([Chunk(sequence, 11)]).shape == (1, SIZES["vocab_size"])
+    assert forward(runner, [Chunk(sequence, 11)]).shape == (1, SIZES["vocab_size"])
 
 
 def test_sharded_checkpoint_gives_the_same_weights(tmp_path: Path) -> None:
@@ -249,7 +257,7 @@ def test_dummy_weights_are_seeded_and_finite(tmp_path: Path) -> None:
             Model(config, weights), Arena(arena_layout(config, BLOCK_SIZE), NUM_SLOTS)
         )
         [sequence] = make_sequences([12], SIZES["vocab_size"])
-        runs.append(runner.forward([Chunk(sequence, 12)]))
+        runs.append(forward(runner, [Chunk(sequence, 12)]))
     assert torch.equal(runs[0], runs[1])
     assert runs[0].isfinite().all()
 

@@ -258,6 +258,12 @@ def test_impossible_configurations_are_refused(llama, options):
         make_llm(llama, **options)
 
 
+def test_a_model_that_runs_on_the_cpu_has_its_arena_there(llama):
+    with pytest.raises(ConfigError) as caught:
+        make_llm(llama, arena_device="cuda:0")
+    assert caught.value.field == "arena_device"
+
+
 def test_default_arena_is_256_mebibytes(llama):
     engine = make_llm(llama, num_blocks=None).engine
     assert engine.num_blocks == 256 * 2**20 // engine.arena.block_bytes

@@ -207,3 +207,66 @@ def test_misuse_of_the_pool_is_noticed(cache):
         cache.pool.reclaim([slot])
     with pytest.raises(AssertionError, match="nobody who holds it"):
         cache.prefix.insert(path("a"), [slot], 0)
+
+
+def test_drop_takes_the_subtree_children_first(cache):
+    slots = cache.put_idle("abcd")
+    cache.put_idle("abx", start=2)
+    other = cache.put_idle("z")
+    before = len(cache.journal.events)
+    assert cache.prefix.drop([slots[1]]) == 4
+    events = cache.journal.events[before:]
+    assert {name for name, _, _ in events} == {"evicted"}
+    order = [block.decode() for _, block, _ in events]
+    assert sorted(order) == ["ab", "abc", "abcd", "abx"]
+    assert order.index("abcd") < order.index("abc") < order.index("ab")
+    assert order[-1] == "ab"
+    assert cache.prefix.match(path("abcd")) == slots[:1]
+    assert all(cache.pool.is_free(slot) for slot in slots[1:])
+    assert cache.prefix.num_evictable == len(cache.prefix) == 2
+    assert cache.prefix.drop(slots[1:]) == 0
+    assert cache.evicted(2) == "z a"
+    assert cache.pool.is_free(other[0])
+
+
+def test_a_dropped_slot_that_is_held_is_freed_by_its_last_holder(cache):
+    slots = cache.put("abc")
+    cache.pool.unpin([slots[2]])
+    assert cache.prefix.drop([slots[1]]) == 2
+    assert cache.pool.is_free(slots[2])
+    assert not cache.pool.is_free(slots[1])
+    assert cache.prefix.num_evictable == 0, "a itself is still held"
+    cache.pool.unpin(slots[:2])
+    assert cache.pool.is_free(slots[1])
+    assert cache.prefix.num_evictable == len(cache.prefix) == 1
+    assert cache.evicted(1) == "a"
+
+
+def test_what_was_dropped_does_not_come_back_by_a_later_publication(cache):
+    """A twin repairs the path; what the first table computed behind its wrong block stays out."""
+    slots = cache.put("abc")
+    cache.prefix.drop([slots[1]])
+    cache.prefix.insert(path("abc"), slots, 2)
+    assert cache.prefix.match(path("abc")) == slots[:1]
+    twin = cache.put("ab", start=1)
+    cache.prefix.insert(path("abc"), slots, 2)
+    assert cache.prefix.match(path("abc")) == twin
+
+
+def test_a_dropped_slot_is_as_good_as_any_once_it_was_free(cache):
+    slots = cache.put("ab")
+    cache.prefix.drop([slots[0]])
+    cache.pool.unpin(slots)
+    again = cache.put("xyzuvwklmn")
+    assert set(slots) < set(again)
+    assert cache.prefix.match(path("xyzuvwklmn")) == again
+
+
+def test_a_named_slot_that_is_held_and_not_cached_is_kept_out_too(cache):
+    first, second = cache.put("ab"), cache.put("ab")
+    assert cache.prefix.drop([second[0]]) == 0
+    cache.pool.unpin(first)
+    cache.prefix.evict(2)
+    cache.prefix.insert(path("ab"), second, 2)
+    cache.prefix.insert(path("ab"), second, 0)
+    assert len(cache.prefix) == 0
