@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+from support.fault_transport import FaultScript, FaultyTransport
 
 from baton.common.ids import BlockHandle, Epoch, Generation, Slot, WorkerId, WorkerIdentity
 from baton.kvtransfer.transport.base import (
@@ -78,8 +79,14 @@ class Pair:
 
 @contextmanager
 def connected_pair(
-    transport: str, *, owner_slots: int = 64, local_slots: int = 48, block_bytes: int = 4096
+    transport: str,
+    *,
+    owner_slots: int = 64,
+    local_slots: int = 48,
+    block_bytes: int = 4096,
+    script: FaultScript | None = None,
 ) -> Iterator[Pair]:
+    """With a `script`, the readers of both workers go wrong by it."""
     owner_id, local_id = identity("prefill"), identity("decode")
     owner_transport: Transport
     local_transport: Transport
@@ -89,6 +96,9 @@ def connected_pair(
         local_transport = MemoryTransport(local_id, fabric)
     else:
         owner_transport, local_transport = NixlTransport(owner_id), NixlTransport(local_id)
+    if script is not None:
+        owner_transport = FaultyTransport(owner_transport, script)
+        local_transport = FaultyTransport(local_transport, script)
     owner = Arena(owner_slots, block_bytes, seed=1)
     local = Arena(local_slots, block_bytes, seed=2)
     descriptor = owner.open_on(owner_transport)
