@@ -15,7 +15,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3; do \
 	&& { command -v "$$name"; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint fmt types protos protos-fresh evaluate bench-overhead \
+.PHONY: help setup demo test test-faults mutation lint fmt types protos protos-fresh evaluate bench-overhead \
 	gpu-bundle clean
 
 help:  ## what each target does
@@ -45,6 +45,12 @@ demo: $(READY)  ## a cluster on this machine, one talk through it, and what happ
 
 test: $(READY)  ## all tests
 	$(BIN)/python -P -m pytest $(ARGS)
+
+test-faults: $(READY)  ## every fault of the suite, the slow ones too, and the simulation
+	$(BIN)/python -P -m pytest -m "" tests/faults tests/sim $(ARGS)
+
+mutation: $(READY)  ## whether planted faults are caught, and by whom
+	@PYTHONPATH=tests $(BIN)/python -P -m mutation.run $(ARGS)
 
 lint: $(READY) protos-fresh  ## format, ruff, types, generated code
 	$(BIN)/ruff format --check .

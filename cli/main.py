@@ -8,6 +8,7 @@ Nothing heavy is imported here: a verb's module is loaded when the verb is calle
     1           an error: it is named on stderr, with what to do
     2           the command line cannot be understood
     3           no router answers
+    4           what the command line names is not there: a worker, a lease
     130         interrupted by Ctrl-C, or by a pipe that was closed
 """
 
@@ -23,9 +24,18 @@ from baton.common.errors import BatonError
 EXIT_ERROR: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_UNREACHABLE: Final = 3
+EXIT_NOT_THERE: Final = 4
 EXIT_INTERRUPTED: Final = 130
 
-_EPILOGUE = "Exit codes: 0 done, 1 error, 2 wrong usage, 3 no router answers, 130 interrupted."
+_EPILOGUE = (
+    "Exit codes: 0 done, 1 error, 2 wrong usage, 3 no router answers, 4 no such worker or lease, "
+    "130 interrupted."
+)
+_EXIT_CODES: Final = {
+    "router_unreachable": EXIT_UNREACHABLE,
+    "unknown_worker": EXIT_NOT_THERE,
+    "unknown_request": EXIT_NOT_THERE,
+}
 
 
 def build_app() -> App:
@@ -52,7 +62,12 @@ def build_app() -> App:
     admin = _group(app, "admin", "What a router knows of its cluster.")
     workers = _group(admin, "workers", "The workers of the cluster.")
     workers.command(f"{verbs}.admin:list_workers", name="list", help="All workers.")
-    admin.command(f"{verbs}.admin:list_leases", name="leases", help="Who pins KV for whom.")
+    workers.command(f"{verbs}.admin:show_worker", name="show", help="All about one of them.")
+    workers.command(
+        f"{verbs}.admin:drain_worker", name="drain", help="Move what it runs to the others."
+    )
+    workers.command(f"{verbs}.admin:resume_worker", name="resume", help="Undo a drain.")
+    admin.command(f"{verbs}.admin_leases:leases", name="leases", help="Who pins KV for whom.")
     model = _group(app, "model", "Model folders.")
     model.command(
         f"{verbs}.model:inspect", name="inspect", help="What a model is and what its KV takes."
@@ -102,8 +117,8 @@ def run(arguments: list[str]) -> int:
 
 
 def exit_code_of(error: BatonError) -> int:
-    """3 when nothing answered, so that a script may wait and try again."""
-    return EXIT_UNREACHABLE if error.reason == "router_unreachable" else EXIT_ERROR
+    """3 when nothing answered, so that a script may wait and try again; 4 when it need not."""
+    return _EXIT_CODES.get(error.reason, EXIT_ERROR)
 
 
 def _complain(message: str, code: int) -> int:

@@ -21,6 +21,8 @@ from cyclopts import Parameter
 
 from baton.cli.config_flags import with_flags
 from baton.cli.model_folder import resolve_model
+from baton.common import failpoints
+from baton.common.clock import SystemClock
 from baton.common.config import RouterConfig, WorkerConfig, load
 from baton.common.errors import BatonError
 from baton.common.log import set_up_logging
@@ -62,6 +64,7 @@ def router(*, config_file: ConfigFile = None, ready_file: ReadyFile = None, **fl
 
     config = load(RouterConfig, flags, config_file)
     set_up_logging(config.log_level, "router")
+    failpoints.install(config.failpoints, SystemClock())
     if config.model is not None:
         config = config.model_copy(update={"model": str(resolve_model(config.model))})
 
@@ -124,6 +127,7 @@ def _serve_worker(
     config: WorkerConfig, role: Role, build: WorkerBuilder, ready_file: Path | None
 ) -> int:
     set_up_logging(config.log_level, config.worker_id or role.value)
+    failpoints.install(config.failpoints, SystemClock())
     folder = resolve_model(config.model, config.revision)
 
     async def serve() -> int:

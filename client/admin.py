@@ -1,6 +1,7 @@
 """A client of a router's AdminService, on its own port."""
 
-from typing import Final, Self
+from collections.abc import Awaitable, Sequence
+from typing import Final, Self, TypeVar
 
 import grpc
 
@@ -14,6 +15,7 @@ DEFAULT_ADMIN: Final = "127.0.0.1:50052"
 ANSWER_DEADLINE_S: Final = 10.0
 
 _ROLE: Final = {common_pb2.ROLE_PREFILL: "prefill", common_pb2.ROLE_DECODE: "decode"}
+_Reply = TypeVar("_Reply")
 
 
 class AdminClient:
@@ -36,20 +38,51 @@ class AdminClient:
     async def workers(self) -> list[Worker]:
         """All workers that the router knows, live or not."""
         request = admin_pb2.ListWorkersRequest()
-        try:
-            reply = await self._stub.ListWorkers(request, timeout=ANSWER_DEADLINE_S)
-        except grpc.aio.AioRpcError as error:
-            raise baton_error(error, self.address) from error
+        reply = await self._ask(self._stub.ListWorkers(request, timeout=ANSWER_DEADLINE_S))
         return [_worker(wire) for wire in reply.workers]
 
     async def leases(self) -> list[Lease]:
         """Every lease of every live worker, the oldest first."""
         request = admin_pb2.ListLeasesRequest()
+        reply = await self._ask(self._stub.ListLeases(request, timeout=ANSWER_DEADLINE_S))
+        return [_lease(wire) for wire in reply.leases]
+
+    async def reap(
+        self, leases: Sequence[Lease] | None = None, *, dry_run: bool = False
+    ) -> list[Lease]:
+        """End these leases at once and return those that were still there.
+
+        None: the leases of this router whose request it no longer knows. `dry_run` ends nothing.
+        """
+        request = admin_pb2.ReapLeasesRequest(dry_run=dry_run)
+        if leases is not None:
+            if not leases:
+                return []
+            request.keys.extend(_key(lease) for lease in leases)
+        reply = await self._ask(self._stub.ReapLeases(request, timeout=ANSWER_DEADLINE_S))
+        return [_lease(wire) for wire in reply.reaped]
+
+    async def drain(self, worker_id: str) -> Worker:
+        """Give a worker nothing new and move away what it runs; the worker as it was just then.
+
+        Returns before that is done: its state becomes draining, then drained. Draining twice is no
+        error. UnknownWorker names the workers that there are.
+        """
+        request = admin_pb2.DrainWorkerRequest(worker_id=worker_id)
+        reply = await self._ask(self._stub.DrainWorker(request, timeout=ANSWER_DEADLINE_S))
+        return _worker(reply.worker)
+
+    async def resume(self, worker_id: str) -> Worker:
+        """Undo a drain; no error when there is none. UnknownWorker as for `drain`."""
+        request = admin_pb2.ResumeWorkerRequest(worker_id=worker_id)
+        reply = await self._ask(self._stub.ResumeWorker(request, timeout=ANSWER_DEADLINE_S))
+        return _worker(reply.worker)
+
+    async def _ask(self, call: Awaitable[_Reply]) -> _Reply:
         try:
-            reply = await self._stub.ListLeases(request, timeout=ANSWER_DEADLINE_S)
+            return await call
         except grpc.aio.AioRpcError as error:
             raise baton_error(error, self.address) from error
-        return [_lease(wire) for wire in reply.leases]
 
 
 def _worker(wire: admin_pb2.Worker) -> Worker:
@@ -75,6 +108,12 @@ def _worker(wire: admin_pb2.Worker) -> Worker:
         tokens_pending=load.tokens_pending,
         fingerprint=wire.fingerprint,
         block_size=wire.block_size,
+        preemptions=load.preemptions,
+        draining=load.draining,
+        steps=load.steps,
+        stalled_s=load.stalled_s,
+        pinned_unowned_bytes=load.pinned_unowned_bytes,
+        counters=dict(load.counters),
     )
 
 
@@ -89,4 +128,13 @@ def _lease(wire: worker_pb2.LeaseRow) -> Lease:
         age_s=wire.age_s,
         expires_in_s=wire.expires_in_s,
         state=wire.state,
+        request_id=wire.request_id,
+        router=wire.router,
+        why=wire.why,
+    )
+
+
+def _key(lease: Lease) -> common_pb2.RequestKey:
+    return common_pb2.RequestKey(
+        transfer_id=bytes.fromhex(lease.transfer_id), attempt=lease.attempt
     )

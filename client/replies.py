@@ -1,6 +1,7 @@
 """What a router answers, as plain data: no protobuf type leaves this package."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from baton.common.sampling import FinishReason, Mode
 
@@ -70,7 +71,7 @@ class ModelCard:
 class Worker:
     """One worker as its router sees it; `id` and `epoch` name one life of it.
 
-    `state` is connecting, ready, suspect, draining or gone.
+    `state` is connecting, ready, reconnecting, suspect, stalled, draining, drained or gone.
     """
 
     id: str
@@ -95,6 +96,21 @@ class Worker:
     # Workers exchange KV only if their fingerprints are equal.
     fingerprint: str
     block_size: int
+    preemptions: int = 0
+    # It was told to drain: it gets nothing new, and what it runs is moved away.
+    draining: bool = False
+    # Steps of the model since it started; seconds since its engine's loop last came round.
+    steps: int = 0
+    stalled_s: float = 0.0
+    # Bytes of KV that are pinned although nobody holds them: 0, or a bug.
+    pinned_unowned_bytes: int = 0
+    # Since it started, by the names of `baton.common.metric_names`.
+    counters: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def life(self) -> str:
+        """As leases and reports name it."""
+        return f"{self.id}@{self.epoch}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,3 +126,14 @@ class Lease:
     age_s: float
     expires_in_s: float
     state: str
+    # The client's name for the request, and the router that it is of; empty if the owner was told
+    # none.
+    request_id: str = ""
+    router: str = ""
+    # What the lease is for, in the owner's words.
+    why: str = ""
+
+    @property
+    def id(self) -> str:
+        """What `baton admin leases reap` takes, whole or its beginning."""
+        return f"{self.transfer_id}/{self.attempt}"

@@ -55,6 +55,12 @@ class ClusterConfig(_Settings):
     insecure: bool = Field(
         False, description="allow listening beyond loopback without TLS (private networks only)"
     )
+    time_scale: float = Field(
+        1.0, gt=0, description="multiplies every time-out of the protocol (tests)"
+    )
+    failpoints: str | None = Field(
+        None, description="folder of armed failpoints (tests of faults; never in production)"
+    )
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
 
 
@@ -103,6 +109,12 @@ class WorkerConfig(ClusterConfig):
         "auto", description="auto, or dummy for seeded random weights"
     )
     num_threads: int | None = Field(None, ge=1, description="torch threads")
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="where the KV arena lies; cuda is for the oracle model so far"
+    )
+    kv_digest: bool = Field(
+        False, description="digest every KV block, to find flipped bits as well as reused slots"
+    )
     transport: str = Field("nixl", description="how KV crosses: nixl")
     check_invariants: bool = Field(
         False, description="check the conservation of KV slots after every step (slow)"

@@ -8,17 +8,21 @@
     ├── ExceedsKvCapacity        fits the model, but no worker's arena
     ├── ModelNotFound
     ├── UnknownRequest
+    ├── UnknownWorker            an operator named a worker that this router does not know
     ├── AlreadyExists
     ├── NoCapacity               try again later
     │   ├── NoWorker
     │   └── QueueFull
     ├── DeadlineExceeded
     ├── Cancelled
+    ├── SlowReader               the client took nothing while tokens waited for it
     ├── WorkerLost               the worker that held the request is gone
     ├── TransferError            KV could not be handed over
     │   ├── HandshakeMismatch
+    │   ├── GrantRefused
     │   ├── TransferTimeout
     │   ├── FenceFailed
+    │   ├── DigestMismatch
     │   ├── LeaseLost
     │   └── PeerLost
     ├── ModelError               the model folder cannot be used
@@ -75,6 +79,10 @@ class UnknownRequest(BatonError):
     reason = "unknown_request"
 
 
+class UnknownWorker(BatonError):
+    reason = "unknown_worker"
+
+
 class AlreadyExists(BatonError):
     reason = "already_exists"
 
@@ -100,6 +108,10 @@ class Cancelled(BatonError):
     reason = "cancelled"
 
 
+class SlowReader(BatonError):
+    reason = "slow_reader"
+
+
 class WorkerLost(BatonError):
     reason = "worker_lost"
     retryable = True
@@ -115,12 +127,21 @@ class HandshakeMismatch(TransferError):
     retryable = False
 
 
+class GrantRefused(TransferError):
+    reason = "grant_refused"
+    retryable = False
+
+
 class TransferTimeout(TransferError):
     reason = "transfer_timeout"
 
 
 class FenceFailed(TransferError):
     reason = "fence_failed"
+
+
+class DigestMismatch(TransferError):
+    reason = "digest_mismatch"
 
 
 class LeaseLost(TransferError):

@@ -15,7 +15,7 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from baton.common.errors import BatonError, ConfigError
-from baton.common.grpc_options import server_options
+from baton.common.grpc_options import ChannelOptions, server_options
 from baton.common.status import status_of
 
 log = logging.getLogger(__name__)
@@ -129,11 +129,15 @@ def _guard_stream(
 class GrpcServer:
     """One listening port: servicers added before `start`, health and reflection included."""
 
-    def __init__(self) -> None:
-        self.server = grpc.aio.server(interceptors=[CatchAll()], options=server_options())
+    def __init__(self, options: ChannelOptions | None = None) -> None:
+        """`options` of gRPC beyond those of every server."""
+        self.server = grpc.aio.server(
+            interceptors=[CatchAll()], options=[*server_options(), *(options or [])]
+        )
         self._health = health_aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         self._names: list[str] = []
+        self._is_serving = False
 
     def add(self, name: str) -> None:
         """Name a service whose servicer was added to `server`, for health and reflection."""
@@ -155,8 +159,16 @@ class GrpcServer:
         names = [*self._names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
         reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], self.server)
         await self.server.start()
+        await self.set_serving(True)
+
+    async def set_serving(self, is_serving: bool) -> None:
+        """What grpc.health.v1 answers from now on; calls are served either way."""
+        if is_serving is self._is_serving:
+            return
+        self._is_serving = is_serving
+        status = health_pb2.HealthCheckResponse
         for name in ["", *self._names]:
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+            await self._health.set(name, status.SERVING if is_serving else status.NOT_SERVING)
 
     async def stop(self, grace_s: float) -> None:
         """Say NOT_SERVING, let running calls end within the grace, then close."""

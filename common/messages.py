@@ -1,8 +1,10 @@
 """Facts that cross between router, control stream, engine thread and peer: plain data, no protobuf.
 
-`common.codec` turns them into protobuf and back at the edge; state machines see only these.
+`common.control_codec` and `kvtransfer.link_codec` turn them into protobuf and back at the edge;
+state machines see only these.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -13,28 +15,41 @@ from baton.common.sampling import FinishReason, Role, SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class PrefillJob:
-    """`reader` may claim the lease; None when the request ends with its first token."""
+    """`reader` may claim the lease; None when the request ends with its next token.
+
+    `grant_key` is known to the router, the owner and the reader of this attempt alone.
+    """
 
     reader: WorkerIdentity | None
+    grant_key: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeJob:
-    owner: WorkerIdentity
-    owner_link_address: str
+    """`owner` has the KV of the prompt; None: this worker computes it itself."""
+
+    owner: WorkerIdentity | None
+    owner_link_address: str = ""
+    grant_key: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submit:
-    """One request for one worker. Durations, never absolute times, cross between hosts."""
+    """One attempt at a request, for one worker. Durations, never absolute times, cross hosts.
+
+    `output_tokens` were emitted by earlier attempts: they are output, so penalties, min_tokens,
+    positions and usage see the original boundary.
+    """
 
     key: RequestKey
-    prompt_tokens: list[int]
+    prompt_tokens: list[int] = field(repr=False)
+    output_tokens: list[int] = field(default_factory=list, repr=False)
     sampling: SamplingParams
     tenant_key: bytes
     age_s: float
     time_left_s: float
     job: PrefillJob | DecodeJob
+    request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +58,52 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class Move:
+    """Stop `key` at the next step boundary and lease its KV, as attempt `to`, to `reader`."""
+
+    key: RequestKey
+    to: RequestKey
+    reader: WorkerIdentity
+    grant_key: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """The move of `key` came to nothing: decode on."""
+
+    key: RequestKey
+
+
+@dataclass(frozen=True, slots=True)
+class SetDraining:
+    draining: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Reap:
+    """An operator ends these leases at once; their readers hear of it."""
+
+    keys: tuple[RequestKey, ...]
+
+
+RouterMessage = Submit | Cancel | Move | Stay | SetDraining | Reap
+
+
+@dataclass(frozen=True, slots=True)
+class LiveRequest:
+    """A request that a router waits for, and the first output position that it does not have."""
+
+    key: RequestKey
+    next_position: int
+
+
+@dataclass(frozen=True, slots=True)
 class RouterHello:
     """Opens an Attach stream; `live` are the requests that the router still waits for."""
 
     router_id: RouterId
     router_epoch: int
-    live: tuple[RequestKey, ...] = ()
+    live: tuple[LiveRequest, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +128,9 @@ class LeaseRow:
     age_s: float
     expires_in_s: float
     state: str
+    request_id: str = ""
+    why: str = ""
+    router: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +148,13 @@ class LoadReport:
     preemptions: int = 0
     draining: bool = False
     leases: tuple[LeaseRow, ...] = ()
+    # Steps of the model since the start; seconds since the engine's loop last came round.
+    steps: int = 0
+    stalled_s: float = 0.0
+    # Bytes of slots that are pinned although no request, lease or read holds them: 0, or a bug.
+    pinned_unowned_bytes: int = 0
+    # Monotonic counters by the names of `common.metric_names`.
+    counters: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +217,10 @@ class LeaseState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class LeaseClaim:
+    """`mac` shows that the router granted this reader this lease (`kvtransfer.grant`)."""
+
     key: RequestKey
+    mac: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,24 +230,39 @@ class LeaseRenew:
 
 @dataclass(frozen=True, slots=True)
 class LeaseRelease:
+    """The reader needs the blocks no longer.
+
+    `joined`: their bytes are with it and passed the fence; otherwise it gave up. `bad_slots` gave
+    other bytes than their digest says: the owner drops them from its cache.
+    """
+
     key: RequestKey
+    joined: bool = False
+    bad_slots: tuple[Slot, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseStatus:
     """What the owner says of a lease; cumulative, so that the newest replaces the older ones.
 
-    `slots` and `generations` are the handles of all prompt blocks in order; they may be empty
-    when the reader was told them before. Readable is `[0, readable_tokens)`: whole blocks until
-    the prompt is done.
+    `slots` and `generations` are the handles of all blocks in order, `mac` shows that the owner
+    made them; all three may be empty when the reader was told them before. Readable is
+    `[0, readable_tokens)`: whole blocks until all `kv_tokens` are. `output_tokens`, the first of
+    them at `output_position`, follow that KV; they come with the last announcement. `digests` are
+    those of blocks `[first_digest, ..)`, where both sides keep them.
     """
 
     key: RequestKey
     state: LeaseState
     slots: tuple[Slot, ...] = field(default=(), repr=False)
     generations: tuple[Generation, ...] = field(default=(), repr=False)
+    mac: bytes = field(default=b"", repr=False)
+    kv_tokens: int = 0
     readable_tokens: int = 0
-    first_token: int | None = None
+    output_position: int = 0
+    output_tokens: tuple[int, ...] = field(default=(), repr=False)
     finished: bool = False
     cached_tokens: int = 0
+    first_digest: int = 0
+    digests: tuple[int, ...] = field(default=(), repr=False)
     error: BatonError | None = None

@@ -1,65 +1,68 @@
 """The decode role as a state machine. Life of a request here:
 
-1. CLAIMING: accepted; the lease is claimed from the prefill worker and renewed from now on.
-2. QUEUED: the lease is open; the request still holds nothing here.
-3. PULLING: at the head of the queue its own cache hits are pinned and the rest of the prompt is
-   reserved in one step; announced blocks are pulled while the owner computes the next.
-4. RUNNING: the first token is known, every block has passed its fence, the lease is released; the
-   sequence joined the running batch and the loss of the prefill worker is nothing to it.
-
-Whoever holds space here already holds all it needs of the owner, so nothing waits in a circle.
+1. CLAIMING, QUEUED, PULLING: the hand-over (`handover.py`). Nothing is held here before the owner
+   has all that it needs, so nothing waits in a circle.
+2. RUNNING: the sequence is in the batch (`decoding.py`); the loss of its owner is nothing to it.
+3. WAITING: it is to be computed here, in whole or because older ones took its blocks.
+4. MOVING: another worker pulls it (`moving.py`).
 """
 
 import logging
+from collections import Counter
+from dataclasses import replace
 
+from baton.common import metric_names as names
 from baton.common.clock import Clock
-from baton.common.errors import (
-    BatonError,
-    Cancelled,
-    DeadlineExceeded,
-    InternalError,
-    InvalidRequest,
-    LeaseLost,
-    PeerLost,
-)
-from baton.common.ids import BlockHandle, RequestKey, RouterId, WorkerIdentity
+from baton.common.errors import BatonError, Cancelled, DeadlineExceeded, InvalidRequest
+from baton.common.failpoints import reach
+from baton.common.ids import RouterId, WorkerIdentity
 from baton.common.messages import (
     Cancel,
     DecodeJob,
-    HandoverReport,
-    LeaseClaim,
-    LeaseRelease,
-    LeaseRenew,
-    LeaseState,
-    LeaseStatus,
     LoadReport,
+    Move,
     OutputRecord,
+    PrefillReport,
+    Reap,
+    SetDraining,
+    Stay,
     Submit,
 )
+from baton.common.timing import Timing
 from baton.decode_worker.decoding import Decoding
-from baton.decode_worker.pull import Pull
+from baton.decode_worker.handover import Handovers, Outward
+from baton.decode_worker.moving import Moves
 from baton.decode_worker.request import DecodeRequest, DecodeState
 from baton.decode_worker.scheduler import DecodeScheduler
 from baton.engine.conservation import check_conservation
 from baton.engine.engine import Engine
 from baton.engine.finish import finish_reason
-from baton.kvtransfer.events import FromOwner, PeerConnected, PeerDisconnected
-from baton.kvtransfer.ledger import RENEW_EVERY_S
-from baton.kvtransfer.link_codec import merge_status
-from baton.kvtransfer.open_reads import OpenReads
-from baton.kvtransfer.transport.base import PeerReader
+from baton.kvtransfer.events import (
+    FromOwner,
+    FromReader,
+    LinkClosed,
+    LinkOpened,
+    PeerConnected,
+    PeerDisconnected,
+)
+from baton.kvtransfer.owner import LeaseOwner
 from baton.worker.admission import Limits
-from baton.worker.core import Drain, Effects, Event, FromRouter, RouterAttached, RouterGone
+from baton.worker.core import (
+    Drain,
+    Effects,
+    Event,
+    FromRouter,
+    RouterAttached,
+    RouterGone,
+    RouterPaused,
+    RouterResumed,
+)
 from baton.worker.intake import Intake
+from baton.worker.integrity import Integrity
+from baton.worker.pace import IDLE_WAIT_S, POLL_WAIT_S, Pace
+from baton.worker.reconciler import Reconciler
 
 log = logging.getLogger(__name__)
-
-LOAD_EVERY_S = 1.0
-IDLE_WAIT_S = 0.1
-# Between polls of open reads when no sequence runs.
-POLL_WAIT_S = 0.0002
-# Of the pool, per peer.
-MAX_QUARANTINED_SHARE = 0.05
 
 
 class DecodeCore:
@@ -71,29 +74,63 @@ class DecodeCore:
         scheduler: DecodeScheduler,
         limits: Limits,
         *,
+        identity: WorkerIdentity,
         transport_name: str,
         max_num_batched_tokens: int,
         clock: Clock,
+        timing: Timing,
     ) -> None:
         self._engine = engine
         self._scheduler = scheduler
         self._limits = limits
-        self._transport_name = transport_name
         self._clock = clock
-        self._peers: dict[WorkerIdentity, PeerReader] = {}
-        self._reads = OpenReads(engine.kv)
-        # In a small pool one prompt is more than that share, and may well be cancelled.
-        self._max_quarantined = max(
-            int(MAX_QUARANTINED_SHARE * engine.num_blocks),
-            limits.num_blocks_for(limits.max_model_len),
-        )
-        self._intake: Intake[DecodeRequest] = Intake(limits, clock, end=self._end)
-        self._requests = self._intake.requests
-        self._decoding = Decoding(
-            engine, scheduler, self._requests, max_num_batched_tokens=max_num_batched_tokens
-        )
+        self._renew_every_s = timing.renew_every_s
         self._effects = Effects()
-        self._next_load = 0.0
+        self._intake: Intake[DecodeRequest] = Intake(limits, clock, timing, end=self._end)
+        self._requests = self._intake.requests
+        self._integrity = Integrity(engine)
+        self.handovers = Handovers(
+            engine,
+            scheduler,
+            self._requests,
+            limits,
+            Outward(
+                send=lambda *message: self._effects.messages.append(message),
+                dial=lambda *dial: self._effects.dials.append(dial),
+                hang_up=lambda owner: self._effects.hangups.append(owner),
+                end=self._end,
+            ),
+            self._integrity,
+            identity=identity,
+            transport_name=transport_name,
+            clock=clock,
+            timing=timing,
+        )
+        self._decoding = Decoding(
+            engine,
+            scheduler,
+            self._requests,
+            paused_routers=self._intake.paused_routers,
+            max_num_batched_tokens=max_num_batched_tokens,
+            clock=clock,
+        )
+        self._owner = LeaseOwner(
+            engine.kv,
+            identity=identity,
+            word=engine.generations.word,
+            block_bytes=engine.arena.block_bytes,
+            timing=timing,
+            clock=clock,
+            endings=self._intake.endings,
+            send=lambda *status: self._effects.statuses.append(status),
+            ended=lambda key, how, release: self._moves.lease_ended(key, how, release),
+        )
+        self._moves = Moves(
+            engine, scheduler, self._requests, self._owner, self._integrity, end=self._end
+        )
+        self._reconciler = Reconciler(engine)
+        self._pace = Pace(clock, timing)
+        self._counters: Counter[str] = Counter()
 
     # --- WorkerCore ---
 
@@ -103,20 +140,27 @@ class DecodeCore:
 
     def handle(self, event: Event) -> None:
         match event:
-            case FromRouter(router_id, Submit() as submit):
-                self._submit(router_id, submit)
-            case FromRouter(_, Cancel(key)):
-                self._intake.cancel(key)
+            case FromRouter(router_id, message):
+                self._from_router(router_id, message)
             case FromOwner(owner, status):
-                self._status(owner, status)
+                self.handovers.status(owner, status)
             case PeerConnected(owner, peer):
-                self._peers[owner] = peer
+                self.handovers.connected(owner, peer)
             case PeerDisconnected(owner, error):
-                self._peer_lost(owner, error)
+                self.handovers.disconnected(owner, error)
+            case FromReader() | LinkOpened() | LinkClosed():
+                self._owner.handle(event)
             case RouterAttached(router_id, live):
-                self._intake.abort_router(router_id, keep=frozenset(live))
+                for request, position in self._intake.router_attached(
+                    router_id, live, self._effects
+                ):
+                    self._resume(request, position)
             case RouterGone(router_id):
                 self._intake.abort_router(router_id, keep=frozenset())
+            case RouterPaused(router_id):
+                self._intake.paused_routers.add(router_id)
+            case RouterResumed(router_id):
+                self._intake.paused_routers.discard(router_id)
             case Drain():
                 self._intake.is_draining = True
             case _:
@@ -124,46 +168,72 @@ class DecodeCore:
 
     def step(self) -> None:
         now = self._clock.monotonic()
-        self._reads.poll()
-        self._bound_quarantine(now)
-        self._sweep(now)
+        self._owner.forgive(self._pace.lost_s(now))
+        self._collect()
+        self.handovers.tick(now)
+        self._owner.sweep(now)
+        self._end_late(now)
         self._admit(now)
-        self._advance_pulls(now)
-        for request, token in self._decoding.step():
-            self._sampled(request, token)
-        if now >= self._next_load:
-            self._next_load = now + LOAD_EVERY_S
-            self._effects.load = self._load()
+        for request in self.handovers.advance(now):
+            self._joined(request)
+        if not self._engine.in_flight:
+            self._moves.begin()
+            self._decoding.launch()
+            self._collect()
+        if self._pace.is_report_due(now):
+            self._effects.load = self._load(now)
 
     def wait_s(self) -> float:
-        if self._scheduler.num_running:
+        if self._engine.in_flight:
+            return POLL_WAIT_S
+        if self._decoding.is_runnable:
             return 0.0
-        return POLL_WAIT_S if self._reads else IDLE_WAIT_S
+        return POLL_WAIT_S if self.handovers.reads else IDLE_WAIT_S
 
     @property
     def has_urgent_effects(self) -> bool:
         return self._effects.is_urgent
+
+    @property
+    def step_in_flight(self) -> int | None:
+        return self._engine.runner.steps if self._engine.in_flight else None
 
     def take_effects(self) -> Effects:
         effects, self._effects = self._effects, Effects()
         return effects
 
     def close(self) -> None:
-        """Destroy the agents that posted reads, so that nothing lands in the arena any more."""
-        for peer in self._peers.values():
-            peer.close()
-        self._peers.clear()
+        self.handovers.close()
+        self._engine.close()
 
     def check_invariants(self) -> None:
         check_conservation(
             self._engine.pool,
             self._engine.prefix,
             sequences=[request.sequence for request in self._requests.values()],
-            receiving=self._reads.receiving,
-            quarantined=self._reads.quarantined,
+            leased=self._owner.leased,
+            receiving=self.handovers.reads.receiving,
+            quarantined=self.handovers.reads.quarantined,
+            retiring=self._engine.retiring,
         )
 
     # --- what routers send ---
+
+    def _from_router(self, router_id: RouterId, message: object) -> None:
+        match message:
+            case Submit():
+                self._submit(router_id, message)
+            case Cancel(key):
+                self._intake.cancel(key)
+            case Move():
+                self._moves.ask(message)
+            case Stay(key):
+                self._moves.stay(key)
+            case SetDraining(draining):
+                self._intake.is_draining = draining
+            case Reap(keys):
+                for key in keys:
+                    self._owner.reap(key)
 
     def _submit(self, router_id: RouterId, submit: Submit) -> None:
         now = self._clock.monotonic()
@@ -180,99 +250,37 @@ class DecodeCore:
         ):
             return
         assert isinstance(submit.job, DecodeJob), "other jobs were refused"
-        owner = submit.job.owner
-        self._requests[submit.key] = DecodeRequest(
-            key=submit.key,
-            router_id=router_id,
-            sequence=self._engine.new_sequence(
-                submit.prompt_tokens, submit.sampling, submit.tenant_key
-            ),
-            owner=owner,
-            accepted_at=now - submit.age_s,
-            deadline=now + submit.time_left_s,
-            renew_at=now + RENEW_EVERY_S,
+        reach("d.submitted")
+        sequence = self._engine.new_sequence(
+            submit.prompt_tokens, submit.sampling, submit.tenant_key, submit.output_tokens
         )
-        self._effects.dials.append((owner, submit.job.owner_link_address))
-        self._effects.messages.append((owner, LeaseClaim(submit.key)))
-
-    # --- what owners say ---
-
-    def _status(self, owner: WorkerIdentity, status: LeaseStatus) -> None:
-        if owner not in self._peers:
-            # Its agent was destroyed: the link is about to end, which ends what waits for it.
-            return
-        request = self._requests.get(status.key)
-        if request is None and status.state is LeaseState.OPEN and not status.finished:
-            if self._intake.has_ended(status.key):
-                self._effects.messages.append((owner, LeaseRelease(status.key)))
-            return
-        if request is None or request.owner != owner or request.has_joined:
-            return
-        if status.state is LeaseState.ENDED:
-            cause = status.error.message if status.error is not None else "no cause given"
-            self._end(request, LeaseLost(f"{owner} ended the lease: {cause}"))
-        elif status.state is LeaseState.OPEN:
-            self._opened(request, status)
-
-    def _opened(self, request: DecodeRequest, status: LeaseStatus) -> None:
-        error = self._misfit(request, status)
-        if error is not None or status.finished:
-            # Finished with its first token: the owner reported that itself.
-            self._end(request, error)
-            return
-        request.status = merge_status(request.status, status)
-        if request.state is DecodeState.CLAIMING and request.status.slots:
-            request.state = DecodeState.QUEUED
-            # The first term is short: it ends before a renewal every few seconds would come.
-            request.renew_at = self._clock.monotonic()
+        request = DecodeRequest.of(
+            submit, submit.job, router_id, sequence, now=now, renew_every_s=self._renew_every_s
+        )
+        self._requests[submit.key] = request
+        if request.owner is None:
             self._scheduler.add(request.key, accepted_at=request.accepted_at)
+        else:
+            self.handovers.start(request)
 
-    def _misfit(self, request: DecodeRequest, status: LeaseStatus) -> BatonError | None:
-        """What in this status cannot be of the request: it would corrupt or end the engine."""
-        expected = self._limits.num_blocks_for(request.sequence.prompt_len)
-        if status.slots and len(status.slots) != expected:
-            return InternalError(
-                f"{request.owner} leased {len(status.slots)} blocks for a prompt of {expected}"
+    def _resume(self, request: DecodeRequest, position: int) -> None:
+        """The router's stream is a new one: tell what it lacks, and what it may not know yet."""
+        output = request.sequence.tokens[request.sequence.prompt_len :]
+        is_told = request.handover is not None or request.prefill is not None
+        if request.has_joined and is_told and position <= len(output):
+            record = OutputRecord(
+                key=request.key,
+                position=position,
+                tokens=tuple(output[position:]),
+                handover=request.handover,
+                prefill=request.prefill,
             )
-        if status.first_token is not None and status.first_token >= self._limits.vocab_size:
-            return InternalError(
-                f"{request.owner} sampled token {status.first_token}, "
-                f"the vocabulary has {self._limits.vocab_size}"
-            )
-        return None
+            self._effects.record(request.router_id, record)
 
-    def _bound_quarantine(self, now: float) -> None:
-        """A read that does not end keeps its slots until the agent that posted it is destroyed."""
-        given_up = self._reads.given_up(now=now, max_slots=self._max_quarantined)
-        owners = [owner for owner, peer in self._peers.items() if peer in given_up]
-        for owner in owners:
-            log.warning("reads from %s do not end; its agent is destroyed", owner)
-            self._peer_lost(owner, PeerLost(f"{owner} keeps reads from ending"))
-            self._effects.hangups.append(owner)
-        if owners:
-            self._reads.poll()
-
-    def _peer_lost(self, owner: WorkerIdentity, error: BatonError) -> None:
-        for request in list(self._requests.values()):
-            if request.owner == owner and not request.has_joined:
-                self._end(request, error)
-        peer = self._peers.pop(owner, None)
-        if peer is not None:
-            # Destroys the agent: the only fence for what it still has in flight.
-            peer.close()
-
-    # --- deadlines ---
-
-    def _sweep(self, now: float) -> None:
-        renewals: dict[WorkerIdentity, list[RequestKey]] = {}
+    def _end_late(self, now: float) -> None:
         for request in list(self._requests.values()):
             if now >= request.deadline:
                 self._end(request, DeadlineExceeded("the deadline passed during decode"))
-            elif not request.has_joined and now >= request.renew_at:
-                request.renew_at = now + RENEW_EVERY_S
-                renewals.setdefault(request.owner, []).append(request.key)
-        for owner, keys in renewals.items():
-            self._effects.messages.append((owner, LeaseRenew(tuple(keys))))
 
     # --- the iteration ---
 
@@ -280,92 +288,64 @@ class DecodeCore:
         while (key := self._scheduler.head()) is not None:
             request = self._requests[key]
             sequence = request.sequence
-            is_new = request.state is DecodeState.QUEUED
-            num_tokens = len(sequence.tokens)
-            # A pulled prompt needs no forward; one that is computed again ends in a token to feed.
-            limit = num_tokens if is_new else num_tokens - 1
+            if request.state is DecodeState.QUEUED:
+                assert request.status is not None, "a queued request knows its handles"
+                # Pulled KV needs no forward; what is computed here ends in a token to feed.
+                num_tokens = limit = request.status.kv_tokens
+            else:
+                num_tokens = len(sequence.tokens)
+                limit = num_tokens - 1
             if not self._decoding.has_room(request, num_tokens=num_tokens, limit_tokens=limit):
                 return
-            reserved = self._engine.kv.reserve(sequence, num_tokens, limit)
-            assert reserved, "what has room can be reserved"
-            if is_new:
+            # The reservation may find fewer hits than it looked for: damaged blocks are none.
+            if not self._engine.kv.reserve(sequence, num_tokens, limit):
+                return
+            request.started_at = request.started_at or now
+            if request.state is DecodeState.QUEUED:
                 self._scheduler.admit(key)
-                request.state = DecodeState.PULLING
-                request.pull = self._start_pull(request, now)
+                self.handovers.start_pull(request, now)
             else:
                 self._scheduler.resume(key)
                 request.state = DecodeState.RUNNING
 
-    def _start_pull(self, request: DecodeRequest, now: float) -> Pull:
-        status = request.status
-        assert status is not None, "a queued request knows its handles"
-        handles = [
-            BlockHandle(slot, generation)
-            for slot, generation in zip(status.slots, status.generations, strict=True)
-        ]
-        return Pull(
-            self._reads,
-            self._peers[request.owner],
-            handles=handles,
-            slots=request.sequence.slots,
-            first_block=request.sequence.num_published,
-            block_bytes=self._engine.arena.block_bytes,
-            now=now,
-        )
-
-    def _advance_pulls(self, now: float) -> None:
-        for key in self._scheduler.pulling():
-            request = self._requests[key]
-            pull, status = request.pull, request.status
-            assert pull is not None, "a pulling request has its pull"
-            assert status is not None, "a pulling request has its status"
-            pull.post(self._readable_blocks(request, status), now=now)
-            pull.poll(now=now)
-            if pull.error is not None:
-                self._end(request, pull.error)
-            elif pull.is_complete and status.first_token is not None:
-                self._join(request, pull, status.first_token, now)
-
-    def _readable_blocks(self, request: DecodeRequest, status: LeaseStatus) -> int:
-        if status.readable_tokens >= request.sequence.prompt_len:
-            return len(status.slots)
-        return status.readable_tokens // self._engine.block_size
-
-    def _join(self, request: DecodeRequest, pull: Pull, first_token: int, now: float) -> None:
-        """All bytes are those of the handles: the lease ends and the sequence runs."""
+    def _joined(self, request: DecodeRequest) -> None:
         sequence = request.sequence
-        sequence.num_computed = sequence.prompt_len
-        self._engine.kv.publish(sequence, sequence.prompt_len)
-        sequence.tokens.append(first_token)
-        owner_cached_tokens = request.status.cached_tokens if request.status is not None else 0
-        request.state = DecodeState.RUNNING
-        request.pull = request.status = None
-        self._scheduler.join(request.key)
-        self._effects.messages.append((request.owner, LeaseRelease(request.key)))
-        report = HandoverReport(
-            pulled_blocks=pull.num_blocks,
-            pulled_bytes=pull.pulled_bytes,
-            transport=self._transport_name,
-            cached_tokens=sequence.num_cached,
-            owner_cached_tokens=owner_cached_tokens,
-            pull_s=now - pull.started_at,
+        record = OutputRecord(
+            key=request.key,
+            position=request.num_submitted,
+            tokens=tuple(sequence.tokens[sequence.prompt_len + request.num_submitted :]),
+            handover=request.handover,
         )
-        record = OutputRecord(key=request.key, tokens=(first_token,), handover=report)
         self._effects.record(request.router_id, record)
+        reach("d.after_join")
 
-    def _sampled(self, request: DecodeRequest, token: int) -> None:
+    def _collect(self) -> None:
+        for request in self._decoding.collect():
+            self._sampled(request)
+
+    def _sampled(self, request: DecodeRequest) -> None:
         sequence = request.sequence
         finish = finish_reason(
             sequence, self._engine.model_config.eos_token_ids, self._limits.max_model_len
         )
+        is_first = request.owner is None and request.prefill is None
+        if is_first:
+            request.prefill = PrefillReport(
+                cached_tokens=sequence.num_cached,
+                computed_tokens=sequence.num_forwarded,
+                queue_s=request.started_at - request.submitted_at,
+                compute_s=self._clock.monotonic() - request.started_at,
+            )
         record = OutputRecord(
             key=request.key,
             position=sequence.num_output - 1,
-            tokens=(token,),
+            tokens=tuple(sequence.tokens[-1:]),
             finish=finish,
+            prefill=request.prefill if is_first else None,
             forwarded_tokens=sequence.num_forwarded if finish is not None else 0,
         )
         self._effects.record(request.router_id, record)
+        reach("d.after_emit")
         if finish is not None:
             self._end(request, None)
 
@@ -375,23 +355,36 @@ class DecodeCore:
         """The request is over here: its blocks go, what is in flight stays in quarantine."""
         self._intake.forget(request.key)
         self._scheduler.remove(request.key)
-        if request.pull is not None:
-            request.pull.abandon("the request ended")
+        self._moves.forget(request)
+        self.handovers.give_up(request)
         sequence = request.sequence
-        if request.state is DecodeState.RUNNING:
+        if request.has_joined:
             self._engine.kv.publish(sequence, sequence.num_computed)
         self._engine.kv.release(sequence)
-        if not request.has_joined:
-            self._effects.messages.append((request.owner, LeaseRelease(request.key)))
-        if error is not None and not isinstance(error, Cancelled):
+        if error is None:
+            return
+        self._counters[names.WASTED_ENGINE_MS] += round(1000 * request.engine_s)
+        if not isinstance(error, Cancelled):
             self._effects.record(request.router_id, OutputRecord(key=request.key, error=error))
 
-    def _load(self) -> LoadReport:
-        return LoadReport(
-            blocks_total=self._engine.num_blocks,
-            blocks_free=self._engine.pool.num_free,
-            blocks_cached=self._engine.prefix.num_evictable,
-            blocks_quarantined=sum(len(slots) for slots in self._reads.quarantined),
+    def _load(self, now: float) -> LoadReport:
+        reads = self.handovers.reads
+        report = self._reconciler.report(
+            now,
+            self._owner,
+            sequences=[request.sequence for request in self._requests.values()],
+            receiving=reads.receiving,
+            quarantined=reads.quarantined,
+            counters=(
+                self._counters,
+                self._owner.counters,
+                self.handovers.counters,
+                self._moves.counters,
+                self._integrity.counters,
+            ),
+        )
+        return replace(
+            report,
             requests_running=self._scheduler.num_running,
             requests_waiting=len(self._requests) - self._scheduler.num_running,
             preemptions=self._decoding.num_preemptions,

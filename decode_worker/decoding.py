@@ -6,8 +6,10 @@ the batch as a whole always gets on.
 """
 
 import logging
+from collections.abc import Set
 
-from baton.common.ids import RequestKey
+from baton.common.clock import Clock
+from baton.common.ids import RequestKey, RouterId
 from baton.decode_worker.request import DecodeRequest, DecodeState
 from baton.decode_worker.scheduler import DecodeScheduler
 from baton.engine.engine import Engine
@@ -25,12 +27,19 @@ class Decoding:
         scheduler: DecodeScheduler,
         requests: dict[RequestKey, DecodeRequest],
         *,
+        paused_routers: Set[RouterId],
         max_num_batched_tokens: int,
+        clock: Clock,
     ) -> None:
         self._engine = engine
         self._scheduler = scheduler
         self._requests = requests
+        self._paused_routers = paused_routers
         self._budget = max_num_batched_tokens
+        self._clock = clock
+        # The requests of the step in flight, with their tokens, and when it was launched.
+        self._flight: list[tuple[DecodeRequest, int]] = []
+        self._launched_at = 0.0
         self.num_preemptions = 0
 
     def has_room(self, request: DecodeRequest, *, num_tokens: int, limit_tokens: int) -> bool:
@@ -40,28 +49,58 @@ class Decoding:
         # Alone, a sequence needs no room but its own: it fits the pool, or was refused.
         return kv.fits(request.sequence, num_tokens + headroom * kv.block_size, limit_tokens)
 
-    def step(self) -> list[tuple[DecodeRequest, int]]:
-        """One iteration; the sequences that have a new token, with it."""
+    @property
+    def is_runnable(self) -> bool:
+        """Whether a launch would find something to do."""
+        return any(self._runs(self._requests[key]) for key in self._scheduler.plan())
+
+    def launch(self) -> None:
+        """Start the next iteration, if there is one to run."""
         chunks = self._chunks()
         if not chunks:
+            return
+        self._flight = [(self._requests[key], chunk.num_tokens) for key, chunk in chunks.items()]
+        self._launched_at = self._clock.monotonic()
+        self._engine.launch(list(chunks.values()))
+
+    def collect(self) -> list[DecodeRequest]:
+        """The sequences that have a new token, once the iteration has ended."""
+        results = self._engine.collect()
+        if results is None or not self._flight:
             return []
-        by_sequence = {self._requests[key].sequence: self._requests[key] for key in chunks}
-        sampled = self._engine.step(list(chunks.values()))
-        return [(by_sequence[sequence], token) for sequence, token in sampled]
+        flight, self._flight = self._flight, []
+        took_s = self._clock.monotonic() - self._launched_at
+        num_tokens = sum(count for _, count in flight)
+        sampled = {sequence for sequence, token in results if token is not None}
+        for request, count in flight:
+            request.engine_s += took_s * count / num_tokens
+        return [request for request, _ in flight if request.sequence in sampled]
+
+    def _runs(self, request: DecodeRequest) -> bool:
+        """A router that does not read its stream pauses what is its own, and nothing else."""
+        return (
+            request.state is DecodeState.RUNNING and request.router_id not in self._paused_routers
+        )
 
     def _chunks(self) -> dict[RequestKey, Chunk]:
         """The next tokens of every running sequence that has room for them, oldest first."""
         chunks: dict[RequestKey, Chunk] = {}
-        left = self._budget
-        for key in self._scheduler.plan():
-            request = self._requests[key]
-            if request.state is not DecodeState.RUNNING:
-                continue
-            # More than one token is pending only while a preempted sequence is computed again.
-            num_tokens = max(1, min(left, request.sequence.num_pending))
-            if self._make_room(request, request.sequence.num_computed + num_tokens):
-                chunks[key] = Chunk(request.sequence, num_tokens)
+        requests = [self._requests[key] for key in self._scheduler.plan()]
+        requests = [request for request in requests if self._runs(request)]
+        # Prompts that are computed here take what decodes leave, so that they stall nobody.
+        num_decodes = sum(request.sequence.num_pending == 1 for request in requests)
+        left = max(1, self._budget - num_decodes)
+        for request in requests:
+            num_tokens = min(left, request.sequence.num_pending)
+            if request.sequence.num_pending == 1:
+                num_tokens = 1
+            else:
                 left -= num_tokens
+            # A victim of an older one runs no more.
+            if num_tokens == 0 or request.state is not DecodeState.RUNNING:
+                continue
+            if self._make_room(request, request.sequence.num_computed + num_tokens):
+                chunks[request.key] = Chunk(request.sequence, num_tokens)
         return chunks
 
     def _make_room(self, request: DecodeRequest, num_tokens: int) -> bool:
@@ -81,5 +120,5 @@ class Decoding:
         self.num_preemptions += 1
         self._engine.kv.publish(request.sequence, request.sequence.num_computed)
         self._engine.kv.release(request.sequence)
-        request.state = DecodeState.PREEMPTED
+        request.state = DecodeState.WAITING
         self._scheduler.preempt(request.key, accepted_at=request.accepted_at)

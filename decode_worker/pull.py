@@ -38,6 +38,7 @@ class Pull:
         self._handles = handles
         self._slots = slots
         self._cursor = first_block
+        self.first_block = first_block
         self._max_posted_blocks = max(1, MAX_POSTED_BYTES // block_bytes)
         self._open: list[FencedRead] = []
         self.started_at = now

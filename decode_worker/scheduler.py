@@ -21,13 +21,17 @@ def _age(entry: _Aged) -> float:
 
 
 class DecodeScheduler:
-    """`waiting` hold nothing here; `pulling` have their prompt's blocks; `running` are decoded."""
+    """`waiting` hold nothing here; `pulling` have their prompt's blocks; `running` are decoded.
+
+    `suspended` ones ran and keep their blocks while another worker pulls them.
+    """
 
     def __init__(self, *, max_num_seqs: int) -> None:
         assert max_num_seqs >= 1, "a worker without a sequence makes no progress"
         self._max_num_seqs = max_num_seqs
         self._waiting: list[_Aged] = []
         self._pulling: dict[RequestKey, _Aged] = {}
+        self._suspended: dict[RequestKey, _Aged] = {}
         # Oldest first.
         self._running: list[_Aged] = []
 
@@ -42,7 +46,7 @@ class DecodeScheduler:
     @property
     def num_admitted(self) -> int:
         """Requests that hold blocks here."""
-        return len(self._pulling) + len(self._running)
+        return len(self._pulling) + len(self._suspended) + len(self._running)
 
     def pulling(self) -> list[RequestKey]:
         """The requests whose blocks are on their way."""
@@ -80,6 +84,16 @@ class DecodeScheduler:
         """The pull has passed its fence: the sequence runs from the next iteration."""
         insort(self._running, self._pulling.pop(key), key=_age)
 
+    def suspend(self, key: RequestKey) -> None:
+        """A running sequence stops and keeps its blocks."""
+        (entry,) = (entry for entry in self._running if entry.key == key)
+        self._running.remove(entry)
+        self._suspended[key] = entry
+
+    def unsuspend(self, key: RequestKey) -> None:
+        """A suspended sequence runs again."""
+        insort(self._running, self._suspended.pop(key), key=_age)
+
     def preempt(self, key: RequestKey, *, accepted_at: float) -> None:
         """A running sequence lost its blocks: it waits again, at the place of its age."""
         self._running = [entry for entry in self._running if entry.key != key]
@@ -87,6 +101,6 @@ class DecodeScheduler:
 
     def remove(self, key: RequestKey) -> None:
         """Forget a request wherever it is; unknown ones are no error."""
-        if self._pulling.pop(key, None) is None:
+        if self._pulling.pop(key, None) is None and self._suspended.pop(key, None) is None:
             self._running = [entry for entry in self._running if entry.key != key]
             self._waiting = [entry for entry in self._waiting if entry.key != key]

@@ -17,9 +17,11 @@ def build_core(rank: Rank) -> DecodeCore:
         rank.engine,
         scheduler,
         rank.limits,
+        identity=rank.identity,
         transport_name=rank.transport_name,
         max_num_batched_tokens=rank.config.max_num_batched_tokens,
         clock=rank.clock,
+        timing=rank.timing,
     )
 
 

@@ -19,7 +19,6 @@ from baton.common.errors import TransferError
 from baton.common.ids import BlockHandle, Slot
 from baton.kvtransfer.transport.base import PeerReader, Read, ReadState
 
-MIN_TRANSFER_DEADLINE_S: Final = 2.0
 TRANSFER_DEADLINE_FACTOR: Final = 4.0
 # Below every fabric that Baton is meant for, shared memory of a small laptop included.
 DEFAULT_BYTES_PER_S: Final = 1e9
@@ -32,9 +31,9 @@ class FenceState(Enum):
     FAILED = "failed"
 
 
-def transfer_deadline_s(num_bytes: int, bytes_per_s: float) -> float:
+def transfer_deadline_s(num_bytes: int, bytes_per_s: float, min_s: float) -> float:
     """Seconds from posting after which a transfer of `num_bytes` is late."""
-    return max(MIN_TRANSFER_DEADLINE_S, TRANSFER_DEADLINE_FACTOR * num_bytes / bytes_per_s)
+    return max(min_s, TRANSFER_DEADLINE_FACTOR * num_bytes / bytes_per_s)
 
 
 class FencedRead:
@@ -53,6 +52,7 @@ class FencedRead:
         slots: Sequence[Slot],
         *,
         now_s: float,
+        min_deadline_s: float,
         bytes_per_s: float = DEFAULT_BYTES_PER_S,
     ) -> None:
         self.handles = tuple(handles)
@@ -67,7 +67,7 @@ class FencedRead:
         self.bytes_read = -reader.bytes_read
         self._data = reader.post_blocks([handle.slot for handle in self.handles], self.slots)
         self.bytes_read += reader.bytes_read
-        allowed_s = transfer_deadline_s(reader.outstanding_bytes, bytes_per_s)
+        allowed_s = transfer_deadline_s(reader.outstanding_bytes, bytes_per_s, min_deadline_s)
         self.deadline_s = now_s + allowed_s
         # From here on the agent that posted it is given up.
         self.last_deadline_s = now_s + 2 * allowed_s

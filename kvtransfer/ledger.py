@@ -2,9 +2,9 @@
 
 Life of a lease:
 
-1. The owner opens it when it admits the prompt; the slots are pinned. First term 5 s.
-2. The reader renews it (30 s each) from the moment it knows the request.
-3. It ends once: by release, expiry, link loss plus grace, or cancel; the slots are unpinned.
+1. The owner opens it when the bytes have a place; the slots are pinned. The first term is short.
+2. The reader renews it from the moment it knows the request.
+3. It ends once, by one of `LeaseEnd`; the slots are unpinned.
 
 Leases are for progress: they keep bytes in place. Safety never rests on them; that is the fence's.
 Only the engine thread touches a ledger.
@@ -12,15 +12,23 @@ Only the engine thread touches a ledger.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 from baton.common.ids import BlockHandle, RequestKey, Slot, WorkerIdentity
 from baton.common.messages import LeaseRow
+from baton.common.timing import Timing
 
-FIRST_TERM_S = 5.0
-TERM_S = 30.0
-RENEW_EVERY_S = 5.0
-LINK_GRACE_S = 5.0
+
+class LeaseEnd(Enum):
+    """Why a lease ended; an operator reads these apart from failures of the transport."""
+
+    JOINED = "the reader has the bytes"
+    GIVEN_UP = "the reader gave up"
+    EXPIRED = "the reader did not renew it in time"
+    LINK_LOST = "the reader's link was lost for longer than its grace"
+    CANCELLED = "the owner ended the request"
+    REAPED = "an operator ended it"
 
 
 class Pins(Protocol):
@@ -41,6 +49,7 @@ class Lease:
     num_bytes: int
     opened_at: float
     expires_at: float
+    link_grace_s: float
     # Set while the reader's link is down; the lease ends when the grace has passed.
     link_lost_at: float | None = None
 
@@ -52,16 +61,16 @@ class Lease:
         """When the lease ends if nothing more is heard of the reader."""
         if self.link_lost_at is None:
             return self.expires_at
-        return min(self.expires_at, self.link_lost_at + LINK_GRACE_S)
+        return min(self.expires_at, self.link_lost_at + self.link_grace_s)
 
 
 class Ledger:
     """All open leases of this worker, by request key."""
 
-    def __init__(self, pins: Pins) -> None:
+    def __init__(self, pins: Pins, timing: Timing) -> None:
         self._pins = pins
+        self._timing = timing
         self._leases: dict[RequestKey, Lease] = {}
-        self.expired_total = 0
 
     def __len__(self) -> int:
         return len(self._leases)
@@ -89,7 +98,8 @@ class Ledger:
             handles=handles,
             num_bytes=len(handles) * block_bytes,
             opened_at=now,
-            expires_at=now + FIRST_TERM_S,
+            expires_at=now + self._timing.lease_first_term_s,
+            link_grace_s=self._timing.link_grace_s,
         )
         self._pins.pin(lease.slots)
         self._leases[key] = lease
@@ -103,7 +113,7 @@ class Ledger:
         # An expired lease stays expired even when its sweep has not come yet.
         if now >= lease.ends_at():
             return False
-        lease.expires_at = now + TERM_S
+        lease.expires_at = now + self._timing.lease_term_s
         return True
 
     def end(self, key: RequestKey) -> Lease | None:
@@ -132,26 +142,25 @@ class Ledger:
             if lease.link_lost_at is not None:
                 lease.link_lost_at += seconds
 
-    def sweep(self, *, now: float) -> list[Lease]:
-        """End every lease whose time has come and return them."""
+    def sweep(self, *, now: float) -> list[tuple[Lease, LeaseEnd]]:
+        """End every lease whose time has come, whatever their order, and say why."""
         over = [lease for lease in self._leases.values() if now >= lease.ends_at()]
         for lease in over:
             self.end(lease.key)
-        self.expired_total += len(over)
-        return over
+        return [
+            (lease, LeaseEnd.EXPIRED if now >= lease.expires_at else LeaseEnd.LINK_LOST)
+            for lease in over
+        ]
 
-    def rows(self, owner: WorkerIdentity, *, now: float) -> tuple[LeaseRow, ...]:
-        """The ledger as an operator reads it."""
-        return tuple(
-            LeaseRow(
-                key=lease.key,
-                owner=str(owner),
-                reader=str(lease.reader),
-                blocks=len(lease.handles),
-                num_bytes=lease.num_bytes,
-                age_s=now - lease.opened_at,
-                expires_in_s=lease.ends_at() - now,
-                state="open" if lease.link_lost_at is None else "link lost",
-            )
-            for lease in self._leases.values()
+    def row(self, lease: Lease, owner: WorkerIdentity, *, now: float) -> LeaseRow:
+        """A lease as an operator reads it."""
+        return LeaseRow(
+            key=lease.key,
+            owner=str(owner),
+            reader=str(lease.reader),
+            blocks=len(lease.handles),
+            num_bytes=lease.num_bytes,
+            age_s=now - lease.opened_at,
+            expires_in_s=lease.ends_at() - now,
+            state="open" if lease.link_lost_at is None else "link lost",
         )

@@ -1,7 +1,8 @@
 """The reader's end of peer links: dials owners, shakes hands, connects the transport.
 
 One link per owner epoch. Connecting the transport (tens of milliseconds, at times seconds) runs in
-a thread, off the event loop and off the engine thread.
+a thread, off the event loop and off the engine thread. A link that comes back finds the transport
+still connected, unless the engine thread has closed it.
 """
 
 import asyncio
@@ -52,6 +53,8 @@ class LinkClient:
         self._transport = transport
         self._post = post
         self._links: dict[WorkerIdentity, _Link] = {}
+        # The newest reader of each owner; the engine thread closes them.
+        self._readers: dict[WorkerIdentity, PeerReader] = {}
 
     def dial(self, owner: WorkerIdentity, address: str) -> None:
         """Start a link unless one is there; the outcome is posted as an event."""
@@ -139,5 +142,14 @@ class LinkClient:
         answering = identity_from_pb(response.hello.identity)
         if answering != owner or response.hello.fingerprint != self._ours.fingerprint:
             raise HandshakeMismatch(f"dialled {owner}, but {answering} answered")
-        arena = arena_from_pb(response.hello.arena)
-        return await asyncio.to_thread(self._transport.connect, owner, arena)
+        arena = arena_from_pb(response.hello.arena, owner)
+        self._forget_closed()
+        reader = self._readers.get(owner)
+        if reader is None:
+            reader = await asyncio.to_thread(self._transport.connect, owner, arena)
+            self._readers[owner] = reader
+        return reader
+
+    def _forget_closed(self) -> None:
+        for owner in [owner for owner, reader in self._readers.items() if reader.is_closed]:
+            del self._readers[owner]

@@ -8,6 +8,7 @@ ended. So each open read pins its slots by itself: when its request is gone the 
 from collections.abc import Sequence
 
 from baton.common.ids import BlockHandle, Slot
+from baton.common.timing import Timing
 from baton.kvtransfer.fence import FencedRead, FenceState
 from baton.kvtransfer.ledger import Pins
 from baton.kvtransfer.transport.base import PeerReader
@@ -16,8 +17,9 @@ from baton.kvtransfer.transport.base import PeerReader
 class OpenReads:
     """Engine thread only."""
 
-    def __init__(self, pins: Pins) -> None:
+    def __init__(self, pins: Pins, timing: Timing) -> None:
         self._pins = pins
+        self._min_deadline_s = timing.transfer_deadline_s
         self._receiving: list[FencedRead] = []
         self._quarantined: list[FencedRead] = []
 
@@ -36,7 +38,7 @@ class OpenReads:
         self, peer: PeerReader, handles: Sequence[BlockHandle], slots: Sequence[Slot], *, now: float
     ) -> FencedRead:
         """Start a fenced read into `slots`. TransferError: nothing was posted."""
-        read = FencedRead(peer, handles, slots, now_s=now)
+        read = FencedRead(peer, handles, slots, now_s=now, min_deadline_s=self._min_deadline_s)
         self._pins.pin(slots)
         self._receiving.append(read)
         return read

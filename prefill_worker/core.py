@@ -3,56 +3,67 @@
 1. WAITING: accepted; holds nothing.
 2. RUNNING: all blocks of the prompt are reserved (cached ones pinned) and the lease for the decode
    worker is open; chunks are computed, each announced as far as whole blocks reach.
-3. LEASED: the first token went to the router and, with the last announcement, to the decode worker;
-   only the lease holds the blocks now, until release, expiry or cancel.
+3. LEASED: the token sampled here went to the router and, with the last announcement, to the decode
+   worker; only the lease holds the blocks now, until release, expiry or cancel.
 
 Space is taken here before the decode worker takes any, and admission counts what was not pulled
-yet: that is the back-pressure.
+yet: that is the back-pressure. A block is announced only after the step that wrote it has ended.
 """
 
 import logging
+from collections import Counter
+from dataclasses import replace
 
+from baton.common import metric_names as names
 from baton.common.clock import Clock
 from baton.common.errors import (
     BatonError,
     Cancelled,
     DeadlineExceeded,
-    InvalidRequest,
+    DigestMismatch,
     LeaseLost,
 )
-from baton.common.ids import BlockHandle, RequestKey, RouterId, WorkerIdentity
+from baton.common.failpoints import reach
+from baton.common.ids import RequestKey, RouterId, WorkerIdentity
 from baton.common.messages import (
     Cancel,
-    LeaseClaim,
     LeaseRelease,
-    LeaseRenew,
-    LeaseState,
-    LeaseStatus,
     LoadReport,
     OutputRecord,
     PrefillJob,
     PrefillReport,
+    Reap,
+    SetDraining,
     Submit,
 )
 from baton.common.sampling import FinishReason
+from baton.common.timing import Timing
 from baton.engine.conservation import check_conservation
 from baton.engine.engine import Engine
 from baton.engine.finish import finish_reason
 from baton.engine.sequence import Chunk
 from baton.kvtransfer.events import FromReader, LinkClosed, LinkOpened
-from baton.kvtransfer.ledger import Ledger
-from baton.prefill_worker.request import PrefillRequest, PrefillState
+from baton.kvtransfer.ledger import LeaseEnd
+from baton.kvtransfer.owner import LeaseOwner, Offer
+from baton.prefill_worker.request import PrefillRequest, PrefillState, job_refusal
 from baton.prefill_worker.scheduler import PlannedChunk, PrefillScheduler
 from baton.worker.admission import Limits
-from baton.worker.core import Drain, Effects, Event, FromRouter, RouterAttached, RouterGone
+from baton.worker.core import (
+    Drain,
+    Effects,
+    Event,
+    FromRouter,
+    RouterAttached,
+    RouterGone,
+    RouterPaused,
+    RouterResumed,
+)
 from baton.worker.intake import Intake
+from baton.worker.integrity import Integrity
+from baton.worker.pace import IDLE_WAIT_S, POLL_WAIT_S, Pace
+from baton.worker.reconciler import Reconciler
 
 log = logging.getLogger(__name__)
-
-LOAD_EVERY_S = 1.0
-IDLE_WAIT_S = 0.1
-# A step longer than this stops the clocks of the leases for the rest of it.
-COUNTED_STEP_S = 1.0
 
 
 class PrefillCore:
@@ -66,17 +77,33 @@ class PrefillCore:
         *,
         identity: WorkerIdentity,
         clock: Clock,
+        timing: Timing,
     ) -> None:
         self._engine = engine
         self._scheduler = scheduler
         self._limits = limits
-        self._identity = identity
         self._clock = clock
-        self._ledger = Ledger(engine.kv)
-        self._intake: Intake[PrefillRequest] = Intake(limits, clock, end=self._end)
-        self._requests = self._intake.requests
         self._effects = Effects()
-        self._next_load = 0.0
+        self._intake: Intake[PrefillRequest] = Intake(limits, clock, timing, end=self._end)
+        self._requests = self._intake.requests
+        self._owner = LeaseOwner(
+            engine.kv,
+            identity=identity,
+            word=engine.generations.word,
+            block_bytes=engine.arena.block_bytes,
+            timing=timing,
+            clock=clock,
+            endings=self._intake.endings,
+            send=lambda *status: self._effects.statuses.append(status),
+            ended=self._lease_ended,
+        )
+        self._integrity = Integrity(engine)
+        self._reconciler = Reconciler(engine)
+        self._pace = Pace(clock, timing)
+        self._counters: Counter[str] = Counter()
+        # The chunks of the step in flight, and when it was launched.
+        self._flight: list[PlannedChunk] = []
+        self._launched_at = 0.0
 
     # --- WorkerCore ---
 
@@ -90,68 +117,81 @@ class PrefillCore:
                 self._submit(router_id, submit)
             case FromRouter(_, Cancel(key)):
                 self._intake.cancel(key)
-            case FromReader(reader, LeaseClaim(key)):
-                self._claimed(reader, key)
-            case FromReader(reader, LeaseRenew(keys)):
-                self._renewed(reader, keys)
-            case FromReader(reader, LeaseRelease(key)):
-                self._released(reader, key)
-            case LinkOpened(reader):
-                self._ledger.link_restored(reader, now=self._clock.monotonic())
-            case LinkClosed(reader):
-                self._ledger.link_lost(reader, now=self._clock.monotonic())
+            case FromRouter(_, SetDraining(draining)):
+                self._intake.is_draining = draining
+            case FromRouter(_, Reap(keys)):
+                for key in keys:
+                    self._owner.reap(key)
+            case FromRouter(_, message):
+                log.warning("a router sent %s to a prefill worker", type(message).__name__)
+            case FromReader() | LinkOpened() | LinkClosed():
+                self._owner.handle(event)
             case RouterAttached(router_id, live):
-                self._intake.abort_router(router_id, keep=frozenset(live))
+                for request, position in self._intake.router_attached(
+                    router_id, live, self._effects
+                ):
+                    self._resume(request, position)
             case RouterGone(router_id):
                 self._intake.abort_router(router_id, keep=frozenset())
             case Drain():
                 self._intake.is_draining = True
+            case RouterPaused() | RouterResumed():
+                pass  # One token per request: nothing worth pausing.
             case _:
                 raise AssertionError(f"a prefill worker gets no {type(event).__name__}")
 
     def step(self) -> None:
         now = self._clock.monotonic()
+        self._owner.forgive(self._pace.lost_s(now))
+        self._collect()
         self._sweep(now)
         self._admit(now)
-        plan = self._scheduler.plan()
-        if plan:
-            self._compute(plan)
-        if now >= self._next_load:
-            self._next_load = now + LOAD_EVERY_S
+        if not self._engine.in_flight:
+            self._launch()
+            self._collect()
+        if self._pace.is_report_due(now):
             self._effects.load = self._load(now)
 
     def wait_s(self) -> float:
+        if self._engine.in_flight:
+            return POLL_WAIT_S
         return 0.0 if self._scheduler.num_running else IDLE_WAIT_S
 
     @property
     def has_urgent_effects(self) -> bool:
         return self._effects.is_urgent
 
+    @property
+    def step_in_flight(self) -> int | None:
+        return self._engine.runner.steps if self._engine.in_flight else None
+
     def take_effects(self) -> Effects:
         effects, self._effects = self._effects, Effects()
         return effects
 
     def close(self) -> None:
-        """Nothing of this role is torn down from outside."""
+        self._engine.close()
 
     def check_invariants(self) -> None:
         check_conservation(
             self._engine.pool,
             self._engine.prefix,
             sequences=[request.sequence for request in self._requests.values()],
-            leased=[lease.slots for lease in self._ledger],
+            leased=self._owner.leased,
+            retiring=self._engine.retiring,
         )
 
     # --- what routers send ---
 
     def _submit(self, router_id: RouterId, submit: Submit) -> None:
         now = self._clock.monotonic()
+        num_tokens = len(submit.prompt_tokens) + len(submit.output_tokens)
         if not self._intake.takes(
             router_id,
             submit,
             self._effects,
-            kv_tokens=len(submit.prompt_tokens),
-            role_refusal=_job_refusal(submit),
+            kv_tokens=num_tokens,
+            role_refusal=job_refusal(submit),
         ):
             return
         assert isinstance(submit.job, PrefillJob), "other jobs were refused"
@@ -159,58 +199,50 @@ class PrefillCore:
             key=submit.key,
             router_id=router_id,
             sequence=self._engine.new_sequence(
-                submit.prompt_tokens, submit.sampling, submit.tenant_key
+                submit.prompt_tokens, submit.sampling, submit.tenant_key, submit.output_tokens
             ),
+            num_tokens=num_tokens,
             reader=submit.job.reader,
             submitted_at=now,
             deadline=now + submit.time_left_s,
         )
         self._scheduler.add(submit.key, accepted_at=now - submit.age_s)
-
-    # --- what readers send ---
-
-    def _claimed(self, reader: WorkerIdentity, key: RequestKey) -> None:
-        request = self._requests.get(key)
-        if request is None:
-            if self._intake.has_ended(key):
-                lost = LeaseLost("the request has ended on its prefill worker")
-                status = LeaseStatus(key=key, state=LeaseState.ENDED, error=lost)
-            else:
-                status = LeaseStatus(key=key, state=LeaseState.NOT_YET)
-            self._effects.statuses.append((reader, status))
-        elif request.reader == reader:
-            self._announce(request, with_handles=True)
-        else:
-            # Only the reader that the router named is told handles.
-            log.warning("%s claims the lease of %s, which is not its own", reader, key)
-            refused = LeaseLost(f"the router named another reader than {reader}")
-            status = LeaseStatus(key=key, state=LeaseState.ENDED, error=refused)
-            self._effects.statuses.append((reader, status))
-
-    def _renewed(self, reader: WorkerIdentity, keys: tuple[RequestKey, ...]) -> None:
-        now = self._clock.monotonic()
-        for key in keys:
-            if not self._ledger.renew(key, reader, now=now):
-                self._claimed(reader, key)
-
-    def _released(self, reader: WorkerIdentity, key: RequestKey) -> None:
-        request = self._requests.get(key)
-        if request is not None and request.reader == reader:
-            # A reader that lets go before the prompt is done has given the request up.
-            self._end(
-                request, None if request.state is PrefillState.LEASED else Cancelled("released")
+        if submit.job.reader is not None:
+            self._owner.offer(
+                Offer(
+                    key=submit.key,
+                    reader=submit.job.reader,
+                    grant_key=submit.job.grant_key,
+                    router_id=router_id,
+                    request_id=submit.request_id,
+                    why="prefill",
+                )
             )
+        reach("p.submitted")
 
-    # --- deadlines ---
+    def _resume(self, request: PrefillRequest, position: int) -> None:
+        """The router's stream is a new one; it may lack the token that was sampled here."""
+        if request.report is not None and position < request.sequence.num_output:
+            self._report(request, request.report, None)
+
+    # --- deadlines and leases ---
 
     def _sweep(self, now: float) -> None:
-        for lease in self._ledger.sweep(now=now):
-            request = self._requests[lease.key]
-            log.warning("lease %s of %s ended unreleased", lease.key, lease.reader)
-            self._end(request, LeaseLost(f"{lease.reader} did not renew its lease in time"))
+        self._owner.sweep(now)
         for request in list(self._requests.values()):
             if now >= request.deadline and request.state is not PrefillState.LEASED:
                 self._end(request, DeadlineExceeded("the deadline passed during prefill"))
+
+    def _lease_ended(self, key: RequestKey, how: LeaseEnd, release: LeaseRelease | None) -> None:
+        request = self._requests[key]
+        if release is not None and release.bad_slots:
+            self._integrity.drop(key, release.bad_slots)
+        if how is LeaseEnd.JOINED and request.state is PrefillState.LEASED:
+            self._end(request, None)
+        elif release is not None:
+            self._end(request, Cancelled("its reader gave the request up"))
+        else:
+            self._end(request, LeaseLost(f"the lease of {request.reader} ended: {how.value}"))
 
     # --- the iteration ---
 
@@ -219,143 +251,150 @@ class PrefillCore:
             request = self._requests[key]
             sequence = request.sequence
             # One token must be forwarded to get logits, so the last one is never a hit.
-            limit = sequence.prompt_len - 1
-            if not self._engine.kv.reserve(sequence, sequence.prompt_len, limit):
+            limit = request.num_tokens - 1
+            if not self._engine.kv.reserve(sequence, request.num_tokens, limit):
                 return
             self._scheduler.admit(key, num_tokens=sequence.num_pending)
             request.state = PrefillState.RUNNING
             request.started_at = now
             if request.reader is not None:
-                self._open_lease(request, request.reader, now)
+                reach("p.before_lease")
+                self._owner.open(
+                    key,
+                    sequence.slots,
+                    kv_tokens=request.num_tokens,
+                    cached_tokens=sequence.num_cached,
+                )
+                self._announce(request)
+                reach("p.after_lease")
 
-    def _open_lease(self, request: PrefillRequest, reader: WorkerIdentity, now: float) -> None:
-        generations = self._engine.generations
-        request.handles = tuple(
-            BlockHandle(slot, generations.word(slot)) for slot in request.sequence.slots
-        )
-        self._ledger.open(
-            request.key,
-            reader,
-            request.handles,
-            block_bytes=self._engine.arena.block_bytes,
-            now=now,
-        )
-        self._announce(request, with_handles=True)
-
-    def _compute(self, plan: list[PlannedChunk]) -> None:
+    def _launch(self) -> None:
+        plan = self._scheduler.plan()
+        if not plan:
+            return
         chunks = [Chunk(self._requests[entry.key].sequence, entry.num_tokens) for entry in plan]
-        began = self._clock.monotonic()
-        sampled = dict(self._engine.step(chunks))
-        # What is announced before a step is told after it, and renewals wait in the inbox.
-        took = self._clock.monotonic() - began
-        self._ledger.forgive(max(0.0, took - COUNTED_STEP_S))
-        for entry in plan:
-            request = self._requests[entry.key]
-            self._engine.kv.publish(request.sequence, request.sequence.prompt_len)
-            if self._scheduler.computed(entry):
-                self._prefilled(request, sampled[request.sequence])
-            else:
-                self._announce(request, with_handles=False)
+        self._flight = plan
+        self._launched_at = self._clock.monotonic()
+        self._engine.launch(chunks)
 
-    def _prefilled(self, request: PrefillRequest, token: int) -> None:
-        request.first_token = token
+    def _collect(self) -> None:
+        """What the last step wrote is final once it has ended, and not before."""
+        results = self._engine.collect()
+        if results is None or not self._flight:
+            return
+        plan, self._flight = self._flight, []
+        took_s = self._clock.monotonic() - self._launched_at
+        num_tokens = sum(entry.num_tokens for entry in plan)
+        sampled = dict(results)
+        for entry in plan:
+            request = self._requests.get(entry.key)
+            if request is None or request.sequence not in sampled:
+                continue
+            request.engine_s += took_s * entry.num_tokens / num_tokens
+            self._engine.kv.publish(request.sequence, request.num_tokens)
+            if self._scheduler.computed(entry):
+                assert sampled[request.sequence] is not None, "the last chunk gives a token"
+                self._prefilled(request)
+            else:
+                self._announce(request)
+                reach("p.mid_prefill")
+
+    def _prefilled(self, request: PrefillRequest) -> None:
         sequence = request.sequence
         finish = finish_reason(
             sequence, self._engine.model_config.eos_token_ids, self._limits.max_model_len
         )
-        self._report_first_token(request, token, finish)
-        if request.reader is None or finish is not None:
-            assert finish is not None, "a request without a reader ends with its first token"
-            self._announce(request, with_handles=False, finished=True)
-            self._end(request, None)
+        reach("p.before_first_token")
+        if self._is_damaged(request):
             return
-        self._announce(request, with_handles=False)
-        request.state = PrefillState.LEASED
-        self._engine.kv.release(sequence)
-
-    def _report_first_token(
-        self, request: PrefillRequest, token: int, finish: FinishReason | None
-    ) -> None:
-        sequence = request.sequence
-        report = PrefillReport(
+        request.report = PrefillReport(
             cached_tokens=sequence.num_cached,
             computed_tokens=sequence.num_forwarded,
             queue_s=request.started_at - request.submitted_at,
             compute_s=self._clock.monotonic() - request.started_at,
         )
+        self._report(request, request.report, finish)
+        self._owner.complete(
+            request.key,
+            output_position=sequence.num_output - 1,
+            output_tokens=sequence.tokens[-1:],
+            finished=finish is not None,
+            digests=self._digests_of(request, request.num_tokens),
+        )
+        if request.reader is None or finish is not None:
+            assert finish is not None, "a request without a reader ends with its next token"
+            self._end(request, None)
+            return
+        request.state = PrefillState.LEASED
+        self._engine.kv.release(sequence)
+        reach("p.after_first_token")
+
+    def _is_damaged(self, request: PrefillRequest) -> bool:
+        """Whether a block that the token depends on changed; then the request is ended."""
+        slots = request.sequence.slots[: request.num_tokens // self._engine.block_size]
+        bad = self._integrity.changed(slots)
+        if bad:
+            self._integrity.drop(request.key, bad)
+            self._end(request, DigestMismatch(f"{len(bad)} KV blocks changed during prefill"))
+        return bool(bad)
+
+    def _report(
+        self, request: PrefillRequest, report: PrefillReport, finish: FinishReason | None
+    ) -> None:
         record = OutputRecord(
-            key=request.key, position=0, tokens=(token,), finish=finish, prefill=report
+            key=request.key,
+            position=request.sequence.num_output - 1,
+            tokens=tuple(request.sequence.tokens[-1:]),
+            finish=finish,
+            prefill=report,
         )
         self._effects.record(request.router_id, record)
 
     # --- announcements and ends ---
 
-    def _announce(
-        self, request: PrefillRequest, *, with_handles: bool, finished: bool = False
-    ) -> None:
-        """Say how far blocks are readable. On a CPU a step's writes are done when it returns."""
+    def _announce(self, request: PrefillRequest) -> None:
+        """Say how far whole blocks are readable."""
         if request.reader is None:
             return
-        if request.state is PrefillState.WAITING:
-            status = LeaseStatus(key=request.key, state=LeaseState.NOT_YET)
-            self._effects.statuses.append((request.reader, status))
-            return
-        if request.first_token is not None:
-            request.readable_tokens = request.sequence.prompt_len
-        else:
-            size = self._engine.block_size
-            request.readable_tokens = request.sequence.num_computed // size * size
-        handles = request.handles if with_handles else ()
-        status = LeaseStatus(
-            key=request.key,
-            state=LeaseState.OPEN,
-            slots=tuple(handle.slot for handle in handles),
-            generations=tuple(handle.generation for handle in handles),
-            readable_tokens=request.readable_tokens,
-            first_token=request.first_token,
-            finished=finished,
-            cached_tokens=request.sequence.num_cached,
-        )
-        self._effects.statuses.append((request.reader, status))
+        size = self._engine.block_size
+        num_tokens = request.sequence.num_computed // size * size
+        self._owner.readable(request.key, num_tokens, self._digests_of(request, num_tokens))
+
+    def _digests_of(self, request: PrefillRequest, num_tokens: int) -> list[int]:
+        """Of the blocks of `[0, num_tokens)` that were not announced yet; none if not kept."""
+        if request.reader is None:
+            return []
+        first = self._owner.num_digests(request.key)
+        slots = request.sequence.slots[first : self._engine.kv.num_blocks(num_tokens)]
+        return self._integrity.digests(slots)
 
     def _end(self, request: PrefillRequest, error: BatonError | None) -> None:
         """The request is over here: nothing of it stays but its ending and cached blocks."""
         self._intake.forget(request.key)
         self._scheduler.remove(request.key)
-        self._ledger.end(request.key)
+        self._owner.end(request.key, error)
         self._engine.kv.release(request.sequence)
-        if error is None:
-            return
-        if not isinstance(error, Cancelled) and request.first_token is None:
-            self._effects.record(request.router_id, OutputRecord(key=request.key, error=error))
-        if request.reader is not None:
-            ended = LeaseStatus(key=request.key, state=LeaseState.ENDED, error=error)
-            self._effects.statuses.append((request.reader, ended))
+        if error is not None:
+            self._counters[names.WASTED_ENGINE_MS] += round(1000 * request.engine_s)
+            if not isinstance(error, Cancelled) and request.report is None:
+                self._effects.record(request.router_id, OutputRecord(key=request.key, error=error))
 
     def _load(self, now: float) -> LoadReport:
-        leased = {slot for lease in self._ledger for slot in lease.slots}
-        waiting = [self._requests[key].sequence.num_pending for key in self._scheduler.waiting()]
-        running = [
-            request.sequence.num_pending
-            for request in self._requests.values()
-            if request.state is PrefillState.RUNNING
-        ]
-        return LoadReport(
-            blocks_total=self._engine.num_blocks,
-            blocks_free=self._engine.pool.num_free,
-            blocks_cached=self._engine.prefix.num_evictable,
-            blocks_leased=len(leased),
+        requests = self._requests.values()
+        report = self._reconciler.report(
+            now,
+            self._owner,
+            sequences=[request.sequence for request in requests],
+            counters=(self._counters, self._owner.counters, self._integrity.counters),
+        )
+        return replace(
+            report,
             requests_running=self._scheduler.num_running,
             requests_waiting=self._scheduler.num_waiting,
-            tokens_pending=sum(waiting) + sum(running),
+            tokens_pending=sum(
+                request.sequence.num_pending
+                for request in requests
+                if request.state is not PrefillState.LEASED
+            ),
             draining=self._intake.is_draining,
-            leases=self._ledger.rows(self._identity, now=now),
         )
-
-
-def _job_refusal(submit: Submit) -> BatonError | None:
-    if not isinstance(submit.job, PrefillJob):
-        return InvalidRequest("a prefill worker takes prefill jobs", field="job")
-    if submit.job.reader is None and submit.sampling.max_tokens > 1:
-        return InvalidRequest("a request of more than one token needs a reader", field="reader")
-    return None

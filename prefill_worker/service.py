@@ -17,7 +17,12 @@ def build_core(rank: Rank) -> PrefillCore:
         max_num_seqs=rank.config.max_num_seqs,
     )
     return PrefillCore(
-        rank.engine, scheduler, rank.limits, identity=rank.identity, clock=rank.clock
+        rank.engine,
+        scheduler,
+        rank.limits,
+        identity=rank.identity,
+        clock=rank.clock,
+        timing=rank.timing,
     )
 
 

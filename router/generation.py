@@ -9,7 +9,11 @@ from baton.common.sampling import FinishReason, Mode, SamplingParams
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationSpec:
-    """A validated request. `stop` is for the front alone: no worker ever sees text."""
+    """A validated request. `stop` is for the front alone: no worker ever sees text.
+
+    `end_token_ids` end the answer beside `sampling.stop_token_ids`: those of the model, unless the
+    client ignores them.
+    """
 
     request_id: str
     model: str
@@ -18,6 +22,7 @@ class GenerationSpec:
     stop: tuple[str, ...]
     tenant_key: bytes
     timeout_s: float
+    end_token_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,6 +106,7 @@ class Intake:
             stop=stop,
             tenant_key=key,
             timeout_s=request.timeout_s,
+            end_token_ids=frozenset() if sampling.ignore_eos else model.defaults.eos_token_ids,
         )
         return Admitted(model, spec)
 

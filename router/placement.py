@@ -27,23 +27,38 @@ class Candidate:
         return -(-num_tokens // self.block_size) <= self.load.blocks_total
 
 
+Pair = tuple[WorkerIdentity, WorkerIdentity]
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """`decode` is None for a request that ends with its first token."""
+    """`decode` is None for a request that ends with its next token.
 
-    prefill: WorkerIdentity
+    `prefill` is None when the decode worker computes the prompt itself. One of them is somebody.
+    """
+
+    prefill: WorkerIdentity | None
     decode: WorkerIdentity | None
 
 
 class Placement(Protocol):
-    """A policy. Called on the event loop for each request; never blocks, never does I/O."""
+    """A policy. Called on the event loop for each attempt; never blocks, never does I/O."""
 
     def choose(
-        self, candidates: Sequence[Candidate], *, prompt_len: int, max_tokens: int
+        self,
+        candidates: Sequence[Candidate],
+        *,
+        prompt_len: int,
+        max_tokens: int,
+        excluded: frozenset[WorkerIdentity] = frozenset(),
+        excluded_pairs: frozenset[Pair] = frozenset(),
     ) -> Choice:
-        """Pick a pair of equal fingerprint.
+        """Pick a pair of equal fingerprint, or a decode worker alone where there is no pair.
 
-        Raises NoWorker when a role has nobody, ExceedsKvCapacity when nobody is large enough.
+        `prompt_len` counts the tokens that are known, `max_tokens` those that may follow. Nobody of
+        `excluded` and no (prefill, decode) of `excluded_pairs` is picked.
+
+        Raises NoWorker when nobody is left, ExceedsKvCapacity when nobody is large enough.
         """
         ...
 
@@ -58,25 +73,33 @@ class LeastLoaded:
         self._randomness = randomness
 
     def choose(
-        self, candidates: Sequence[Candidate], *, prompt_len: int, max_tokens: int
+        self,
+        candidates: Sequence[Candidate],
+        *,
+        prompt_len: int,
+        max_tokens: int,
+        excluded: frozenset[WorkerIdentity] = frozenset(),
+        excluded_pairs: frozenset[Pair] = frozenset(),
     ) -> Choice:
-        prefills = _usable(candidates, Role.PREFILL, prompt_len)
-        if max_tokens == 1:
+        left = [worker for worker in candidates if worker.identity not in excluded]
+        prefills = [w for w in left if w.role is Role.PREFILL and w.fits(prompt_len)]
+        if max_tokens == 1 and prefills:
             return Choice(self._least(prefills, _prefill_load).identity, None)
-        decodes = _usable(candidates, Role.DECODE, prompt_len + max_tokens - 1)
-        shared = {worker.fingerprint for worker in prefills} & {
-            worker.fingerprint for worker in decodes
+        decodes = _decodes(left, prompt_len + max_tokens - 1)
+        partners = {
+            prefill.identity: [
+                decode
+                for decode in decodes
+                if decode.fingerprint == prefill.fingerprint
+                and (prefill.identity, decode.identity) not in excluded_pairs
+            ]
+            for prefill in prefills
         }
-        if not shared:
-            raise NoWorker(
-                "no prefill and decode worker store KV alike; `baton admin workers list` shows "
-                "what they serve",
-                retry_after_s=1.0,
-            )
-        prefills = [worker for worker in prefills if worker.fingerprint in shared]
-        prefill = self._least(prefills, _prefill_load)
-        decodes = [worker for worker in decodes if worker.fingerprint == prefill.fingerprint]
-        return Choice(prefill.identity, self._least(decodes, _decode_load).identity)
+        prefills = [prefill for prefill in prefills if partners[prefill.identity]]
+        if not prefills:
+            return Choice(None, self._least(decodes, _decode_load).identity)
+        chosen = self._least(prefills, _prefill_load).identity
+        return Choice(chosen, self._least(partners[chosen], _decode_load).identity)
 
     def _least(self, workers: list[Candidate], load: "_Load") -> Candidate:
         return min(workers, key=lambda worker: (load(worker), self._randomness.bits(32)))
@@ -94,15 +117,16 @@ def _decode_load(worker: Candidate) -> tuple[int, int]:
     return worker.in_flight, worker.load.requests_running + worker.load.requests_waiting
 
 
-def _usable(candidates: Sequence[Candidate], role: Role, num_tokens: int) -> list[Candidate]:
-    of_role = [worker for worker in candidates if worker.role is role]
+def _decodes(candidates: Sequence[Candidate], num_tokens: int) -> list[Candidate]:
+    """The decode workers whose arena could hold that many tokens; never none."""
+    of_role = [worker for worker in candidates if worker.role is Role.DECODE]
     if not of_role:
-        raise NoWorker(f"no {role.value} worker is ready", retry_after_s=1.0)
+        raise NoWorker("no decode worker is ready", retry_after_s=1.0)
     large_enough = [worker for worker in of_role if worker.fits(num_tokens)]
     if not large_enough:
         largest = max(of_role, key=lambda worker: worker.load.blocks_total)
         raise ExceedsKvCapacity(
-            f"{num_tokens} tokens of KV fit no {role.value} worker; the largest holds "
+            f"{num_tokens} tokens of KV fit no decode worker; the largest holds "
             f"{largest.load.blocks_total * largest.block_size}"
         )
     return large_enough

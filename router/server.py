@@ -12,11 +12,13 @@ from baton.common.addresses import join_address, require_loopback
 from baton.common.clock import Clock, SystemClock
 from baton.common.config import RouterConfig
 from baton.common.errors import ConfigError
+from baton.common.failpoints import reach
 from baton.common.grpc_server import GrpcServer
 from baton.common.ids import RouterId, WorkerIdentity
 from baton.common.messages import ModelInfo, OutputRecord, RouterHello
 from baton.common.periodic import every
 from baton.common.randomness import Randomness, SystemRandomness, incarnation
+from baton.common.timing import DEFAULT_TIMING
 from baton.metadata.registry import RedisError, Registry, connect
 from baton.router.admin import AdminServicer
 from baton.router.dispatch import Dispatch
@@ -51,22 +53,36 @@ class RouterServer:
         self._config = config
         self._clock = clock or SystemClock()
         self._randomness = randomness or SystemRandomness()
+        timing = DEFAULT_TIMING.scaled(config.time_scale)
         self._redis = connect(config.redis)
-        hello = RouterHello(
-            RouterId(f"router-{incarnation(self._randomness)}"), self._clock.unix_ms()
+        self.router_id = RouterId(f"router-{incarnation(self._randomness)}")
+        hello = RouterHello(self.router_id, self._clock.unix_ms())
+        events = FleetEvents(
+            joined=self._joined,
+            records=self._records,
+            gone=self._gone,
+            draining=self._worker_draining,
         )
-        events = FleetEvents(joined=self._joined, records=self._records, gone=self._gone)
-        self.fleet = Fleet(Registry(self._redis, config.cluster), hello, events, self._clock)
+        self.fleet = Fleet(
+            Registry(self._redis, config.cluster),
+            hello,
+            events,
+            self._clock,
+            timing=timing,
+            live_requests=lambda identity: self.dispatch.live_on(identity),
+        )
         folder = Path(config.model) if config.model is not None else None
         self.catalog = LiveCatalog(self.fleet.workers, self._clock, model_folder=folder)
         self.dispatch = Dispatch(
             placement or LeastLoaded(self._randomness),
+            candidates=self._candidates,
             link_address=self._link_address,
             clock=self._clock,
             randomness=self._randomness,
+            timing=timing,
             max_requests=config.max_requests,
         )
-        self.source = DispatchSource(self.dispatch, self._candidates, self._flush)
+        self.source = DispatchSource(self.dispatch, self._flush, clock=self._clock, timing=timing)
         self._stop = asyncio.Event()
 
     # --- life ---
@@ -135,7 +151,7 @@ class RouterServer:
         self._grpc.add("baton.v1.InferenceService")
         self.grpc_port = self._grpc.listen(join_address(config.host, config.grpc_port))
         admin_pb2_grpc.add_AdminServiceServicer_to_server(
-            AdminServicer(self.fleet, self.dispatch), self._admin.server
+            AdminServicer(self.fleet, self.dispatch, self.router_id), self._admin.server
         )
         self._admin.add("baton.v1.AdminService")
         self.admin_port = self._admin.listen(join_address(config.host, config.admin_port))
@@ -171,6 +187,8 @@ class RouterServer:
         log.info("%s %s joined", worker.record.role.value, worker.identity)
         self._warn_of_strangers(worker, worker.hello.model)
         self.catalog.learn(worker.hello.model)
+        self.dispatch.worker_joined(worker.identity)
+        self._flush()
 
     def _warn_of_strangers(self, worker: AttachedWorker, model: ModelInfo) -> None:
         """Workers of one model that store KV differently are never paired: an operator's slip."""
@@ -192,27 +210,32 @@ class RouterServer:
                 return
 
     def _records(self, worker: AttachedWorker, records: list[OutputRecord]) -> None:
+        reach("r.before_emit")
         for record in records:
             self.dispatch.record(worker.identity, record)
         self._flush()
+        reach("r.after_emit")
 
     def _gone(self, worker: AttachedWorker) -> None:
         log.info("%s %s is gone", worker.record.role.value, worker.identity)
         self.dispatch.worker_gone(worker.identity)
         self._flush()
 
+    def _worker_draining(self, worker: AttachedWorker) -> None:
+        self.dispatch.worker_draining(worker.identity)
+        self._flush()
+
     def _flush(self) -> None:
         effects = self.dispatch.take_effects()
         for identity, message in effects.sends:
-            worker = self.fleet.get(identity)
-            if worker is not None:
-                worker.send(message)
+            self.fleet.send(identity, message)
         for key, event in effects.events:
             self.source.deliver(key, event)
 
     async def _sweep(self) -> None:
         async for _ in every(SWEEP_EVERY_S, self._stop):
             self.dispatch.sweep()
+            self.source.sweep()
             self._flush()
 
     def _link_address(self, identity: WorkerIdentity) -> str:

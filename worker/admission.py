@@ -54,13 +54,20 @@ def refusal(
     is_draining: bool,
 ) -> BatonError | None:
     """Why this submit cannot be taken, or None. `kv_tokens`: what its blocks must hold here."""
-    prompt = submit.prompt_tokens
+    prompt, output = submit.prompt_tokens, submit.output_tokens
     if not prompt:
         return InvalidRequest("the prompt is empty", field="prompt")
     if max(prompt) >= limits.vocab_size:
         return InvalidRequest(
             f"token id {max(prompt)} is outside the vocabulary of {limits.vocab_size}",
             field="prompt",
+        )
+    if output and max(output) >= limits.vocab_size:
+        return InvalidRequest("an output token is outside the vocabulary", field="output")
+    if len(output) >= submit.sampling.max_tokens:
+        return InvalidRequest(
+            f"{len(output)} tokens of at most {submit.sampling.max_tokens} are there already",
+            field="output",
         )
     error = _sampling_refusal(submit.sampling, limits.vocab_size)
     if error is not None:

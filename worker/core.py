@@ -9,7 +9,13 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from baton.common.ids import RequestKey, RouterId, WorkerIdentity
-from baton.common.messages import Cancel, LeaseStatus, LoadReport, OutputRecord, Submit
+from baton.common.messages import (
+    LeaseStatus,
+    LiveRequest,
+    LoadReport,
+    OutputRecord,
+    RouterMessage,
+)
 from baton.kvtransfer.events import LinkEvent
 from baton.kvtransfer.link_codec import ReaderMessage
 
@@ -17,15 +23,19 @@ from baton.kvtransfer.link_codec import ReaderMessage
 @dataclass(frozen=True, slots=True)
 class FromRouter:
     router_id: RouterId
-    message: Submit | Cancel
+    message: RouterMessage
 
 
 @dataclass(frozen=True, slots=True)
 class RouterAttached:
-    """A router's new stream; whatever it does not name in `live` is aborted."""
+    """A router's new stream: what it names goes on from the position it asks for.
+
+    Named requests that are not known here are answered with UnknownRequest; whatever it does not
+    name is aborted.
+    """
 
     router_id: RouterId
-    live: tuple[RequestKey, ...]
+    live: tuple[LiveRequest, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +46,25 @@ class RouterGone:
 
 
 @dataclass(frozen=True, slots=True)
+class RouterPaused:
+    """A router does not read its stream: its sequences wait until `RouterResumed`."""
+
+    router_id: RouterId
+
+
+@dataclass(frozen=True, slots=True)
+class RouterResumed:
+    """A paused router reads again."""
+
+    router_id: RouterId
+
+
+@dataclass(frozen=True, slots=True)
 class Drain:
-    """Take no further requests; what runs may end."""
+    """Take no further requests; what runs may end, or is moved away by its router."""
 
 
-Event = FromRouter | RouterAttached | RouterGone | Drain | LinkEvent
+Event = FromRouter | RouterAttached | RouterGone | RouterPaused | RouterResumed | Drain | LinkEvent
 
 
 @dataclass(slots=True)
@@ -65,6 +89,11 @@ class Effects:
     def is_urgent(self) -> bool:
         """Whether something waits for this: a peer, a first token, an end."""
         return self._has_news or bool(self.statuses or self.messages or self.dials or self.hangups)
+
+    def drop_records(self, router_id: RouterId) -> None:
+        """Forget what was to be told to this router."""
+        for record in self.records.pop(router_id, []):
+            self._newest.pop(record.key, None)
 
     def record(self, router_id: RouterId, record: OutputRecord) -> None:
         """Add a record; tokens that merely follow join the request's record that stands here."""
@@ -104,6 +133,10 @@ class WorkerCore(Protocol):
     @property
     def has_urgent_effects(self) -> bool:
         """Whether the effects are to be taken at once rather than with those of later steps."""
+
+    @property
+    def step_in_flight(self) -> int | None:
+        """Which step of the model the device runs now; None when none. To tell a stuck one."""
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless every slot is accounted for (DESIGN §6)."""

@@ -8,6 +8,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from baton.common.clock import Clock
 from baton.worker.core import Effects, Event, WorkerCore
@@ -17,6 +18,12 @@ log = logging.getLogger(__name__)
 # Each frame costs the event loop a few hundred µs, during which it and the engine thread fight for
 # the interpreter. Steps faster than this share a frame; first tokens and ends never wait.
 FRAME_INTERVAL_S = 0.010
+
+
+@dataclass(frozen=True, slots=True)
+class _Posted:
+    event: Event
+    handled: Callable[[], None] | None
 
 
 class EngineThread:
@@ -43,17 +50,33 @@ class EngineThread:
         self._frame_interval_s = frame_interval_s
         self._next_frame = 0.0
         self._check_invariants = check_invariants
-        self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Posted | None] = queue.SimpleQueue()
         self._stopping = False
+        # When the loop last came round; None while it waits for events, having nothing to do.
+        self._came_round: float | None = None
+        self._step: int | None = None
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def post(self, event: Event) -> None:
-        """Put an event in the inbox, from any thread."""
-        self._inbox.put(event)
+    def post(self, event: Event, handled: Callable[[], None] | None = None) -> None:
+        """Put an event in the inbox, from any thread.
+
+        `handled` is called on the event loop once the core has taken the event: after everything
+        that it left behind before was delivered, and before anything that it leaves behind later.
+        """
+        self._inbox.put(_Posted(event, handled))
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds since the loop last came round, from any thread; 0 while it waits for events.
+
+        A step in progress, in the thread or on the device, is a round that has not ended.
+        """
+        came_round = self._came_round
+        return 0.0 if came_round is None else self._clock.monotonic() - came_round
 
     async def stop(self) -> None:
         """End after the current step and wait for the thread."""
@@ -70,6 +93,7 @@ class EngineThread:
             self._loop.call_soon_threadsafe(self._failed, error)
 
     def _iterate_until_stopped(self) -> None:
+        self._came_round = self._clock.monotonic()
         try:
             while not self._stopping:
                 self._iterate()
@@ -83,19 +107,46 @@ class EngineThread:
         if self._check_invariants:
             self._core.check_invariants()
         now = self._clock.monotonic()
-        is_idle = self._core.wait_s() > 0
+        is_idle = self._core.wait_s() > 0 and self._core.step_in_flight is None
         if is_idle or self._core.has_urgent_effects or now >= self._next_frame:
             self._next_frame = now + self._frame_interval_s
-            effects = self._core.take_effects()
-            if effects:
-                self._loop.call_soon_threadsafe(self._deliver, effects)
+            self._hand_out()
+        self._note_progress()
+
+    def _hand_out(self) -> None:
+        effects = self._core.take_effects()
+        if effects:
+            self._loop.call_soon_threadsafe(self._deliver, effects)
 
     def _drain_inbox(self, wait_s: float) -> None:
         try:
-            event = self._inbox.get(timeout=wait_s) if wait_s > 0 else self._inbox.get_nowait()
+            posted = self._wait(wait_s) if wait_s > 0 else self._inbox.get_nowait()
             while True:
-                if event is not None:
-                    self._core.handle(event)
-                event = self._inbox.get_nowait()
+                if posted is not None:
+                    self._handle(posted)
+                posted = self._inbox.get_nowait()
         except queue.Empty:
             return
+
+    def _wait(self, wait_s: float) -> _Posted | None:
+        if self._step is not None:
+            return self._inbox.get(timeout=wait_s)
+        self._came_round = None
+        try:
+            return self._inbox.get(timeout=wait_s)
+        finally:
+            self._came_round = self._clock.monotonic()
+
+    def _note_progress(self) -> None:
+        step = self._core.step_in_flight
+        if step is None or step != self._step:
+            self._came_round = self._clock.monotonic()
+        self._step = step
+
+    def _handle(self, posted: _Posted) -> None:
+        if posted.handled is None:
+            self._core.handle(posted.event)
+            return
+        self._hand_out()
+        self._core.handle(posted.event)
+        self._loop.call_soon_threadsafe(posted.handled)

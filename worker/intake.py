@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 from baton.common.clock import Clock
-from baton.common.errors import BatonError, Cancelled, WorkerLost
-from baton.common.ids import RequestKey, RouterId
-from baton.common.messages import OutputRecord, Submit
+from baton.common.errors import BatonError, Cancelled, UnknownRequest, WorkerLost
+from baton.common.ids import RequestKey, RouterId, TransferId
+from baton.common.messages import LiveRequest, OutputRecord, Submit
+from baton.common.timing import Timing
 from baton.kvtransfer.endings import Endings
 from baton.worker.admission import Limits, refusal
 from baton.worker.core import Effects
@@ -36,14 +37,22 @@ class Intake(Generic[Request]):
     """The requests of a worker. `end` lets go of one and calls `forget` for it."""
 
     def __init__(
-        self, limits: Limits, clock: Clock, *, end: Callable[[Request, BatonError], None]
+        self,
+        limits: Limits,
+        clock: Clock,
+        timing: Timing,
+        *,
+        end: Callable[[Request, BatonError], None],
     ) -> None:
         self.requests: dict[RequestKey, Request] = {}
         self.is_draining = False
+        self.endings = Endings(timing.lease_term_s)
+        self.paused_routers: set[RouterId] = set()
         self._limits = limits
         self._clock = clock
         self._end = end
-        self._endings = Endings()
+        # The live attempt of each transfer, the highest where a move has two of them here.
+        self._attempts: dict[TransferId, int] = {}
 
     def takes(
         self,
@@ -67,11 +76,12 @@ class Intake(Generic[Request]):
             self._limits,
             kv_tokens=kv_tokens,
             num_requests=len(self.requests),
-            has_ended=self._endings.has_ended(submit.key),
+            has_ended=self._is_over(submit.key),
             is_draining=self.is_draining,
         )
         error = error or role_refusal
         if error is None:
+            self._attempts[submit.key.transfer_id] = submit.key.attempt
             return True
         self._remember(submit.key)
         effects.record(router_id, OutputRecord(key=submit.key, error=error))
@@ -84,19 +94,46 @@ class Intake(Generic[Request]):
         else:
             self._end(request, Cancelled("the router cancelled the request"))
 
+    def router_attached(
+        self, router_id: RouterId, live: tuple[LiveRequest, ...], effects: Effects
+    ) -> list[tuple[Request, int]]:
+        """A router's new stream: the requests that go on, each with its next output position.
+
+        What an older stream was to carry is dropped, since the positions say what is missing. Live
+        requests that are not here are answered, and what the router does not name is ended.
+        """
+        effects.drop_records(router_id)
+        self.paused_routers.discard(router_id)
+        known = [
+            (self.requests[each.key], each.next_position)
+            for each in live
+            if each.key in self.requests
+        ]
+        self.abort_router(router_id, keep=frozenset(each.key for each in live))
+        for each in live:
+            if each.key not in self.requests:
+                unknown = UnknownRequest("this worker does not know the request")
+                effects.record(router_id, OutputRecord(key=each.key, error=unknown))
+        return known
+
     def abort_router(self, router_id: RouterId, *, keep: frozenset[RequestKey]) -> None:
         """End what this router does not name any more."""
         for request in list(self.requests.values()):
             if request.router_id == router_id and request.key not in keep:
                 self._end(request, WorkerLost("the request's router is gone"))
+        if not keep:
+            self.paused_routers.discard(router_id)
 
     def forget(self, key: RequestKey) -> None:
         """The request is over: what is left of it is its ending."""
         del self.requests[key]
+        if self._attempts.get(key.transfer_id) == key.attempt:
+            del self._attempts[key.transfer_id]
         self._remember(key)
 
-    def has_ended(self, key: RequestKey) -> bool:
-        return self._endings.has_ended(key)
+    def _is_over(self, key: RequestKey) -> bool:
+        """Whether this attempt ended, or a later one is here already."""
+        return self.endings.has_ended(key) or key.attempt < self._attempts.get(key.transfer_id, 0)
 
     def _remember(self, key: RequestKey) -> None:
-        self._endings.remember(key, now=self._clock.monotonic())
+        self.endings.remember(key, now=self._clock.monotonic())

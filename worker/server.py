@@ -8,19 +8,22 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from baton.common.addresses import join_address, require_loopback, split_address
 from baton.common.clock import Clock, SystemClock
 from baton.common.config import WorkerConfig
 from baton.common.errors import BatonError, InternalError, WorkerLost
+from baton.common.failpoints import reach
+from baton.common.grpc_options import STREAM_WINDOW
 from baton.common.grpc_server import GrpcServer
 from baton.common.ids import Epoch, WorkerId, WorkerIdentity
 from baton.common.messages import LoadReport, ModelInfo, WorkerHello
 from baton.common.periodic import every
 from baton.common.randomness import Randomness, SystemRandomness
 from baton.common.sampling import Role
+from baton.common.timing import DEFAULT_TIMING, Timing
 from baton.engine.engine import Engine, EngineConfig
 from baton.kvtransfer.handshake import LocalSide
 from baton.kvtransfer.link_client import LinkClient
@@ -28,7 +31,6 @@ from baton.kvtransfer.link_server import LinkServer
 from baton.kvtransfer.transport.base import ArenaDescriptor, MemoryRegion, Transport
 from baton.kvtransfer.transport.open import open_transport
 from baton.metadata.registry import (
-    HEARTBEAT_EVERY_S,
     RedisError,
     Registry,
     WorkerRecord,
@@ -43,7 +45,6 @@ from baton.worker.registration import Heartbeat, first_identity, settle_epoch
 
 log = logging.getLogger(__name__)
 
-DRAIN_DEADLINE_S = 30.0
 STOP_GRACE_S = 1.0
 
 
@@ -56,6 +57,7 @@ class Rank:
     identity: WorkerIdentity
     transport_name: str
     clock: Clock
+    timing: Timing
     config: WorkerConfig
 
 
@@ -84,6 +86,7 @@ class WorkerServer:
         self._open_transport = open_transport
         self._clock = clock or SystemClock()
         self._randomness = randomness or SystemRandomness()
+        self._timing = DEFAULT_TIMING.scaled(config.time_scale)
         self._load = LoadReport()
         self._draining = False
         self._stopping = asyncio.Event()
@@ -116,6 +119,7 @@ class WorkerServer:
         self._serve(host, port, arena)
         await self._grpc.start()
         self._thread.start()
+        reach("w.before_register")
         self._heartbeat = Heartbeat(registry, self._record, self._superseded)
         self._registry = registry
         self._tasks = [
@@ -136,10 +140,15 @@ class WorkerServer:
         """Waits until the worker cannot go on and returns why."""
         return await asyncio.shield(self._failure)
 
-    async def drain(self, deadline_s: float = DRAIN_DEADLINE_S) -> None:
-        """Take no further requests and wait until those here have ended, at most the deadline."""
+    async def drain(self, deadline_s: float | None = None) -> None:
+        """Take nothing new and wait until nothing is here, at most the deadline.
+
+        Routers hear of it at once and move what decodes here to other workers.
+        """
+        deadline_s = self._timing.drain_deadline_s if deadline_s is None else deadline_s
         self._draining = True
         self._thread.post(Drain())
+        self._control.send_load(self._load_now())
         idle = asyncio.Event()
         try:
             async with asyncio.timeout(deadline_s):
@@ -182,6 +191,8 @@ class WorkerServer:
                 load_format=config.load_format,
                 num_threads=config.num_threads,
                 check_invariants=config.check_invariants,
+                kv_digest=config.kv_digest,
+                arena_device=config.device,
             ),
             self._randomness,
         )
@@ -189,7 +200,7 @@ class WorkerServer:
     def _register_arena(self) -> ArenaDescriptor:
         arena, generations = self.engine.arena, self.engine.generations
         return self._transport.register(
-            MemoryRegion(arena.base_address, arena.num_bytes, arena),
+            MemoryRegion(arena.base_address, arena.num_bytes, arena, device=arena.device),
             MemoryRegion(generations.base_address, generations.num_bytes, generations),
             block_bytes=arena.block_bytes,
             num_slots=arena.num_slots,
@@ -210,11 +221,12 @@ class WorkerServer:
             identity=self.identity,
             transport_name=self._transport.name,
             clock=self._clock,
+            timing=self._timing,
             config=self._config,
         )
 
     def _serve(self, host: str, port: int, arena: ArenaDescriptor) -> None:
-        self._grpc = GrpcServer()
+        self._grpc = GrpcServer(STREAM_WINDOW)
         self.port = self._grpc.listen(join_address(host, port))
         self.address = self._config.advertise or join_address(host, self.port)
         ours = LocalSide(
@@ -223,14 +235,15 @@ class WorkerServer:
             fields=self.engine.fingerprint_fields,
             transport=self._transport.name,
         )
-        self._control = ControlServicer(self._hello, self._thread.post)
+        self._control = ControlServicer(
+            self._hello, self._thread.post, timing=self._timing, clock=self._clock
+        )
         self._link_server = LinkServer(ours, arena, self._thread.post)
         self._links = LinkClient(ours, self._transport, self._thread.post)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self._control, self._grpc.server)
         self._grpc.add("baton.v1.WorkerService")
-        if self._role is Role.PREFILL:
-            kv_pb2_grpc.add_KvServiceServicer_to_server(self._link_server, self._grpc.server)
-            self._grpc.add("baton.v1.KvService")
+        kv_pb2_grpc.add_KvServiceServicer_to_server(self._link_server, self._grpc.server)
+        self._grpc.add("baton.v1.KvService")
 
     # --- what the services say of this worker ---
 
@@ -253,7 +266,7 @@ class WorkerServer:
             model=self.model,
             link_address=self.address,
             pid=os.getpid(),
-            load=self._load,
+            load=self._load_now(),
         )
 
     def _record(self) -> WorkerRecord:
@@ -263,7 +276,7 @@ class WorkerServer:
             address=self.address,
             fingerprint=self.engine.fingerprint,
             model=self.model.name,
-            state="draining" if self._draining else "ready",
+            state="draining" if self._is_draining else "ready",
         )
 
     # --- effects and failures ---
@@ -284,8 +297,20 @@ class WorkerServer:
 
     async def _beat(self) -> None:
         """The heartbeat comes from the event loop, since a step may take longer than a second."""
-        async for _ in every(HEARTBEAT_EVERY_S, self._stopping):
-            self._control.send_load(self._load)
+        async for _ in every(self._timing.heartbeat_every_s, self._stopping):
+            load = self._load_now()
+            self._control.send_load(load)
+            is_stalled = load.stalled_s > self._timing.stalled_after_s
+            await self._grpc.set_serving(not load.draining and not is_stalled)
+
+    def _load_now(self) -> LoadReport:
+        """The engine's last report, and how long ago its loop came round."""
+        return replace(self._load, stalled_s=self._thread.stalled_s, draining=self._is_draining)
+
+    @property
+    def _is_draining(self) -> bool:
+        """Because it is about to stop, or because an operator said so."""
+        return self._draining or self._load.draining
 
     def _engine_failed(self, error: BaseException) -> None:
         self._fail(InternalError(f"the engine thread failed: {type(error).__name__}"))

@@ -112,6 +112,11 @@ class PeerReader(Protocol):
         """Block bytes posted whose read has not ended: what the transfer clock counts."""
         ...
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called; may be asked from any thread."""
+        ...
+
     def post_blocks(self, remote_slots: Sequence[Slot], local_slots: Sequence[Slot]) -> Read:
         """Starts copying remote_slots[i] into local_slots[i], in no order.
 

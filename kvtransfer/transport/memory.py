@@ -141,6 +141,10 @@ class MemoryPeerReader:
         self._closed = False
 
     @property
+    def is_closed(self) -> bool:
+        return self._closed
+
+    @property
     def outstanding_bytes(self) -> int:
         pending = (r for r in self._open if r.state is ReadState.PENDING)
         return sum(len(read.local_slots) for read in pending) * self._local.block_bytes

@@ -192,6 +192,10 @@ class NixlPeerReader:
             peer, remote.generations_address, GENERATION_BYTES, remote.num_slots, None
         )
 
+    @property
+    def is_closed(self) -> bool:
+        return self._closed
+
     def post_blocks(self, remote_slots: Sequence[Slot], local_slots: Sequence[Slot]) -> Read:
         assert len(remote_slots) == len(local_slots) > 0, (len(remote_slots), len(local_slots))
         self._check_postable(remote_slots)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support.cluster import run_cluster
 from support.ports import free_port
-from support.tcp_proxy import counting_proxy
+from support.tcp_proxy import tcp_proxy
 
 from baton.models.random_model import write_random_model
 
@@ -19,7 +19,7 @@ async def control_bytes_per_request(model: Path, redis_url: str) -> tuple[float,
     """Bytes on all worker ports per request, and KV bytes per request."""
     async with AsyncExitStack() as stack:
         targets = [free_port(), free_port()]
-        proxies = [await stack.enter_async_context(counting_proxy(port)) for port in targets]
+        proxies = [await stack.enter_async_context(tcp_proxy(port)) for port in targets]
         cluster = await stack.enter_async_context(
             run_cluster(
                 model,

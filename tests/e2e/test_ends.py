@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from support.cluster import Cluster, run_cluster, until
+from support.cluster import READY_DEADLINE_S, Cluster, run_cluster, until
 from support.oracle import Oracle
 from support.redis_process import redis_process
 
@@ -16,11 +16,10 @@ from baton.common.errors import (
     ExceedsKvCapacity,
     InvalidRequest,
     NoWorker,
-    WorkerLost,
 )
 from baton.common.ids import RequestKey, TransferId
 from baton.common.messages import PrefillJob, Submit
-from baton.common.sampling import SamplingParams
+from baton.common.sampling import Mode, SamplingParams
 from baton.router.generation import GenerationSpec
 from baton.router.token_stream import DispatchStream
 
@@ -100,20 +99,38 @@ async def test_losing_the_prefill_worker_after_the_join_is_nothing_to_the_reques
             tokens.extend(event.token_ids)
         assert tokens == expected
         cluster.stopped.add(cluster.prefills[0])
-        with pytest.raises(NoWorker):
-            await cluster.generate(PROMPT)
 
 
-async def test_losing_the_decode_worker_is_one_clear_error_and_the_lease_ends(
+async def test_without_any_prefill_worker_the_decode_worker_computes_the_prompt(
     tiny_llama: Path, redis_url: str
 ) -> None:
+    expected = Oracle(tiny_llama).greedy([PROMPT], 20)[0]
     async with run_cluster(tiny_llama, redis_url) as cluster:
+        await cluster.prefills[0].stop()
+        cluster.stopped.add(cluster.prefills[0])
+        await until(
+            lambda: len(cluster.router.fleet.workers()) == 1,
+            "the loss is not seen",
+            READY_DEADLINE_S,
+        )
+        answer = await cluster.generate(PROMPT, max_tokens=20)
+        assert answer.tokens == expected
+        assert answer.report.mode is Mode.LOCAL
+        assert answer.report.kv_bytes == 0
+
+
+async def test_losing_the_only_decode_worker_is_one_clear_error_and_the_lease_ends(
+    tiny_llama: Path, redis_url: str
+) -> None:
+    """The request waits for another one as long as a request may be queued, and not longer."""
+    async with run_cluster(tiny_llama, redis_url, time_scale=0.1) as cluster:
         stream = start(cluster, PROMPT, LONG)
         await read_until(stream, 3)
         await cluster.decodes[0].stop()
         cluster.stopped.add(cluster.decodes[0])
-        with pytest.raises(WorkerLost):
+        with pytest.raises(BatonError) as failed:
             await read_until(stream, LONG)
+        assert failed.value.reason in ("worker_lost", "no_worker")
         prefill = cluster.prefills[0]
         await until(lambda: prefill.core.num_requests == 0, "the prefill worker keeps a request")
         assert prefill.engine.pool.num_free + prefill.engine.prefix.num_evictable == 512
@@ -191,7 +208,7 @@ async def test_requests_without_a_worker_are_told_to_come_back(
     async with run_cluster(tiny_llama, redis_url) as cluster:
         await cluster.decodes[0].drain(deadline_s=1.0)
         await until(
-            lambda: any(w.state.value == "draining" for w in cluster.router.fleet.workers()),
+            lambda: any(w.state.value == "drained" for w in cluster.router.fleet.workers()),
             "the drain is not seen",
         )
         with pytest.raises(NoWorker, match="decode") as refused:

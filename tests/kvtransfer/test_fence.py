@@ -64,7 +64,9 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
 
 
 def fenced(pair: Pair, reader: PeerReader | None = None) -> FencedRead:
-    return FencedRead(reader or pair.reader, pair.owner.handles(REMOTE), LOCAL, now_s=0.0)
+    return FencedRead(
+        reader or pair.reader, pair.owner.handles(REMOTE), LOCAL, now_s=0.0, min_deadline_s=2.0
+    )
 
 
 def finish(read: FencedRead) -> FenceState:
@@ -97,7 +99,7 @@ def test_a_slot_raised_before_the_read_fails(pair: Pair) -> None:
     handles = pair.owner.handles(REMOTE)
     pair.owner.rewrite(Slot(3))
     pair.owner.rewrite(Slot(5))
-    read = FencedRead(pair.reader, handles, LOCAL, now_s=0.0)
+    read = FencedRead(pair.reader, handles, LOCAL, now_s=0.0, min_deadline_s=2.0)
     assert finish(read) is FenceState.FAILED
     assert read.stale == 2
     assert read.failure == "2 of 4 blocks changed before they were read, first slot 3"
@@ -121,7 +123,7 @@ def test_a_word_that_went_back_fails_too(pair: Pair) -> None:
     handles = [
         BlockHandle(h.slot, Generation(h.generation + 1)) for h in pair.owner.handles(REMOTE)
     ]
-    read = FencedRead(pair.reader, handles, LOCAL, now_s=0.0)
+    read = FencedRead(pair.reader, handles, LOCAL, now_s=0.0, min_deadline_s=2.0)
     assert finish(read) is FenceState.FAILED
     assert read.stale == 4
 
@@ -185,24 +187,34 @@ def test_a_passed_read_is_never_late(pair: Pair) -> None:
 def test_a_slot_out_of_range_is_refused_at_once(pair: Pair) -> None:
     handles = [BlockHandle(Slot(64), Generation(1))]
     with pytest.raises(TransferError, match="slots outside"):
-        FencedRead(pair.reader, handles, slots(0), now_s=0.0)
+        FencedRead(pair.reader, handles, slots(0), now_s=0.0, min_deadline_s=2.0)
     assert pair.reader.outstanding_bytes == 0
 
 
 def test_the_deadline_is_four_times_the_bytes_and_at_least_two_seconds() -> None:
-    assert transfer_deadline_s(0, 1e9) == 2.0
-    assert transfer_deadline_s(500_000_000, 1e9) == 2.0
-    assert transfer_deadline_s(1_000_000_000, 1e9) == 4.0
+    assert transfer_deadline_s(0, 1e9, 2.0) == 2.0
+    assert transfer_deadline_s(500_000_000, 1e9, 2.0) == 2.0
+    assert transfer_deadline_s(1_000_000_000, 1e9, 2.0) == 4.0
 
 
 def test_the_deadline_counts_what_is_outstanding_on_the_link() -> None:
     with connected_pair("memory") as pair:
         block_bytes = float(pair.owner.block_bytes)
         first = FencedRead(
-            pair.reader, pair.owner.handles(slots(1)), slots(1), now_s=10.0, bytes_per_s=block_bytes
+            pair.reader,
+            pair.owner.handles(slots(1)),
+            slots(1),
+            now_s=10.0,
+            min_deadline_s=2.0,
+            bytes_per_s=block_bytes,
         )
         second = FencedRead(
-            pair.reader, pair.owner.handles(slots(2)), slots(2), now_s=11.0, bytes_per_s=block_bytes
+            pair.reader,
+            pair.owner.handles(slots(2)),
+            slots(2),
+            now_s=11.0,
+            min_deadline_s=2.0,
+            bytes_per_s=block_bytes,
         )
         assert (first.deadline_s, second.deadline_s) == (14.0, 19.0)
 
@@ -227,7 +239,7 @@ def test_passed_means_the_announced_bytes(
         remote, local = slots(*picked), slots(*range(len(picked)))
         handles, announced = pair.owner.handles(remote), pair.owner.blocks[remote].copy()
         reader = InterruptedReader(pair.reader, lambda: rewrite(between))
-        read = FencedRead(reader, handles, local, now_s=0.0)
+        read = FencedRead(reader, handles, local, now_s=0.0, min_deadline_s=2.0)
         rewrite(early)
         state = finish(read)
         rewrite(late)

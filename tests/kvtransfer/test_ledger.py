@@ -19,12 +19,16 @@ from baton.common.ids import (
     WorkerId,
     WorkerIdentity,
 )
-from baton.kvtransfer.ledger import FIRST_TERM_S, LINK_GRACE_S, TERM_S, Lease, Ledger
+from baton.common.timing import DEFAULT_TIMING
+from baton.kvtransfer.ledger import Lease, LeaseEnd, Ledger
 
 OWNER = WorkerIdentity(WorkerId("p0"), Epoch(1), "a")
 READER = WorkerIdentity(WorkerId("d0"), Epoch(2), "b")
 OTHER = WorkerIdentity(WorkerId("d1"), Epoch(3), "c")
 BLOCK_BYTES = 100
+FIRST_TERM_S = DEFAULT_TIMING.lease_first_term_s
+TERM_S = DEFAULT_TIMING.lease_term_s
+LINK_GRACE_S = DEFAULT_TIMING.link_grace_s
 
 
 class CountedPins:
@@ -60,7 +64,7 @@ class Desk:
     def __init__(self) -> None:
         self.clock = ManualClock(100.0)
         self.pins = CountedPins()
-        self.ledger = Ledger(self.pins)
+        self.ledger = Ledger(self.pins, DEFAULT_TIMING)
 
     @property
     def now(self) -> float:
@@ -75,7 +79,10 @@ class Desk:
         return self.ledger.renew(key(number), reader, now=self.now)
 
     def swept(self) -> list[RequestKey]:
-        return [lease.key for lease in self.ledger.sweep(now=self.now)]
+        return [lease.key for lease, _ in self.ledger.sweep(now=self.now)]
+
+    def ends(self) -> list[LeaseEnd]:
+        return [how for _, how in self.ledger.sweep(now=self.now)]
 
 
 @pytest.fixture
@@ -91,7 +98,7 @@ def test_an_open_lease_pins_its_slots_for_the_first_term(desk: Desk) -> None:
     assert desk.swept() == []
     desk.clock.advance(0.001)
     assert desk.swept() == [key(1)]
-    assert (desk.pins.total, len(desk.ledger), desk.ledger.expired_total) == (0, 0, 1)
+    assert (desk.pins.total, len(desk.ledger)) == (0, 0)
 
 
 def test_each_renewal_starts_a_whole_term(desk: Desk) -> None:
@@ -130,7 +137,6 @@ def test_one_sweep_ends_all_whose_time_has_come(desk: Desk) -> None:
     desk.clock.advance(FIRST_TERM_S)
     assert desk.swept() == [key(1), key(3)]
     assert {slot for slot, count in desk.pins.counts.items() if count} == {1, 2}
-    assert desk.ledger.expired_total == 2
 
 
 def test_a_slot_stays_pinned_until_its_last_lease_ends(desk: Desk) -> None:
@@ -147,7 +153,7 @@ def test_a_release_ends_once(desk: Desk) -> None:
     assert desk.ledger.end(key(1)) is lease
     assert desk.ledger.end(key(1)) is None
     assert desk.ledger.get(key(1)) is None
-    assert (desk.pins.total, desk.ledger.expired_total) == (0, 0)
+    assert desk.pins.total == 0
 
 
 def test_a_lost_link_leaves_the_grace(desk: Desk) -> None:
@@ -201,16 +207,25 @@ def test_a_reader_that_comes_back_after_the_grace_revives_nothing(desk: Desk) ->
 
 
 def test_an_operator_reads_whole_rows(desk: Desk) -> None:
-    desk.open(1, 0, 1, 2)
+    lease = desk.open(1, 0, 1, 2)
     assert desk.renew(1)
     desk.clock.advance(2.0)
-    (row,) = desk.ledger.rows(OWNER, now=desk.now)
+    row = desk.ledger.row(lease, OWNER, now=desk.now)
     assert (row.key, row.owner, row.reader) == (key(1), "p0@1", "d0@2")
     assert (row.blocks, row.num_bytes, row.age_s) == (3, 3 * BLOCK_BYTES, 2.0)
     assert (row.expires_in_s, row.state) == (TERM_S - 2.0, "open")
     desk.ledger.link_lost(READER, now=desk.now)
-    (row,) = desk.ledger.rows(OWNER, now=desk.now)
+    row = desk.ledger.row(lease, OWNER, now=desk.now)
     assert (row.expires_in_s, row.state) == (LINK_GRACE_S, "link lost")
+
+
+def test_an_expiry_is_told_apart_from_a_lost_link(desk: Desk) -> None:
+    desk.open(1, 0)
+    desk.open(2, 1, reader=OTHER)
+    assert desk.renew(2, OTHER)
+    desk.ledger.link_lost(OTHER, now=desk.now)
+    desk.clock.advance(FIRST_TERM_S)
+    assert desk.ends() == [LeaseEnd.EXPIRED, LeaseEnd.LINK_LOST]
 
 
 class Leases(RuleBasedStateMachine):

@@ -95,12 +95,12 @@ async def test_claims_go_up_and_announcements_come_down() -> None:
     async with link_pair() as pair:
         pair.client.dial(pair.owner, pair.address)
         # Sent while the link still connects: nothing is lost.
-        for message in (LeaseClaim(KEY), LeaseRenew((KEY,)), LeaseRelease(KEY)):
+        for message in (LeaseClaim(KEY, b"mac"), LeaseRenew((KEY,)), LeaseRelease(KEY)):
             pair.client.send(pair.owner, message)
         await until(lambda: len(pair.at_owner) == 4, "not all messages came")
         assert pair.at_owner[0] == LinkOpened(pair.reader)
         assert [event.message for event in pair.at_owner[1:] if isinstance(event, FromReader)] == [
-            LeaseClaim(KEY),
+            LeaseClaim(KEY, b"mac"),
             LeaseRenew((KEY,)),
             LeaseRelease(KEY),
         ]

@@ -90,7 +90,7 @@ def test_transformers_computes_the_same(llm: LLM, tokenizer: Tokenizer) -> None:
     sampling = SamplingParams(max_tokens=8, temperature=0.0)
     sequence = llm.engine.new_sequence(prompt, sampling, b"")
     assert llm.engine.kv.reserve(sequence, len(prompt), len(prompt) - 1)
-    ours = llm.engine.runner.forward([Chunk(sequence, len(prompt))])[0]
+    ours = llm.engine.runner.prepare([Chunk(sequence, len(prompt))])()[0]
     llm.engine.kv.release(sequence)
     torch.testing.assert_close(ours, expected, atol=1e-3, rtol=0)
     answered = theirs.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)

@@ -6,8 +6,17 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.router_desk import (
+    PREFILLED,
+    TIMEOUT_S,
+    Desk,
+    candidate,
+    first,
+    identity,
+    join,
+    record,
+)
 
-from baton.common.clock import ManualClock
 from baton.common.errors import (
     BatonError,
     Cancelled,
@@ -15,135 +24,24 @@ from baton.common.errors import (
     ExceedsKvCapacity,
     FenceFailed,
     InternalError,
+    InvalidRequest,
+    NoCapacity,
     NoWorker,
     QueueFull,
-    WorkerLost,
 )
-from baton.common.ids import Epoch, RequestKey, TransferId, WorkerId, WorkerIdentity
-from baton.common.messages import (
-    Cancel,
-    DecodeJob,
-    HandoverReport,
-    LoadReport,
-    OutputRecord,
-    PrefillJob,
-    PrefillReport,
-    Submit,
-)
-from baton.common.randomness import SeededRandomness
-from baton.common.sampling import FinishReason, Mode, Role, SamplingParams
-from baton.router.dispatch import Dispatch
-from baton.router.generation import GenerationSpec, TokenEvent
-from baton.router.journal import STATE_DEADLINE_S, JournalEntry, RequestState
-from baton.router.placement import Candidate, LeastLoaded
+from baton.common.ids import WorkerIdentity
+from baton.common.messages import DecodeJob, OutputRecord, PrefillJob, Submit
+from baton.common.metric_names import RECORDS_LATE
+from baton.common.sampling import FinishReason, Mode
+from baton.router.journal import RequestState
 
-P = WorkerIdentity(WorkerId("p0"), Epoch(1), "a")
-D = WorkerIdentity(WorkerId("d0"), Epoch(1), "b")
-STRANGER = WorkerIdentity(WorkerId("p9"), Epoch(1), "z")
-PREFILLED = PrefillReport(cached_tokens=2, computed_tokens=1, queue_s=0.1, compute_s=0.2)
-HANDED_OVER = HandoverReport(
-    pulled_blocks=1,
-    pulled_bytes=4096,
-    transport="nixl",
-    cached_tokens=0,
-    owner_cached_tokens=0,
-    pull_s=0.1,
-)
-TIMEOUT_S = 20.0
-
-
-def candidate(identity: WorkerIdentity, role: Role, *, blocks: int = 100) -> Candidate:
-    return Candidate(
-        identity=identity,
-        role=role,
-        fingerprint="same",
-        block_size=32,
-        load=LoadReport(blocks_total=blocks, blocks_free=blocks),
-        in_flight=0,
-    )
-
-
-BOTH = [candidate(P, Role.PREFILL), candidate(D, Role.DECODE)]
-
-
-class Desk:
-    """A dispatcher, its clock, and everything that it sent and said."""
-
-    def __init__(self, *, max_requests: int = 10) -> None:
-        self.clock = ManualClock(50.0)
-        self.dispatch = Dispatch(
-            LeastLoaded(SeededRandomness(1)),
-            link_address=lambda worker: f"{worker.worker_id}:7000",
-            clock=self.clock,
-            randomness=SeededRandomness(2),
-            max_requests=max_requests,
-        )
-        self.sends: list[tuple[WorkerIdentity, Submit | Cancel]] = []
-        self.events: list[tuple[RequestKey, TokenEvent | BatonError]] = []
-
-    def submit(
-        self, *, max_tokens: int = 8, candidates: list[Candidate] | None = None
-    ) -> JournalEntry:
-        spec = GenerationSpec(
-            request_id="req-1",
-            model="tiny",
-            prompt_tokens=[5, 6, 7],
-            sampling=SamplingParams(max_tokens=max_tokens),
-            stop=(),
-            tenant_key=b"tenant",
-            timeout_s=TIMEOUT_S,
-        )
-        return self.dispatch.submit(spec, BOTH if candidates is None else candidates)
-
-    def play(self, entry: JournalEntry, *steps: tuple[WorkerIdentity, OutputRecord]) -> None:
-        for worker, record in steps:
-            self.dispatch.record(worker, replace(record, key=entry.key))
-        self.look()
-
-    def look(self) -> None:
-        effects = self.dispatch.take_effects()
-        self.sends += effects.sends
-        self.events += effects.events
-
-    @property
-    def tokens(self) -> list[int]:
-        return [
-            token
-            for _, event in self.events
-            if isinstance(event, TokenEvent)
-            for token in event.token_ids
-        ]
-
-    @property
-    def errors(self) -> list[BatonError]:
-        return [event for _, event in self.events if isinstance(event, BatonError)]
-
-    @property
-    def last(self) -> TokenEvent:
-        event = self.events[-1][1]
-        assert isinstance(event, TokenEvent)
-        return event
-
-    @property
-    def cancelled_on(self) -> list[WorkerIdentity]:
-        return [worker for worker, message in self.sends if isinstance(message, Cancel)]
+P, D, STRANGER = identity("p0"), identity("d0"), identity("p9")
+FIRST, JOIN = first(), join()
 
 
 @pytest.fixture
 def desk() -> Desk:
-    return Desk()
-
-
-NO_KEY = RequestKey(TransferId(bytes(16)), 0)
-
-
-def record(position: int, *tokens: int, **rest: object) -> OutputRecord:
-    """A record whose key `Desk.play` fills in."""
-    return OutputRecord(key=NO_KEY, position=position, tokens=tokens, **rest)  # type: ignore[arg-type]
-
-
-FIRST = record(0, 0, prefill=PREFILLED)
-JOIN = record(0, 0, handover=HANDED_OVER)
+    return Desk(P, D)
 
 
 def test_both_workers_hear_of_it_at_once(desk: Desk) -> None:
@@ -154,8 +52,14 @@ def test_both_workers_hear_of_it_at_once(desk: Desk) -> None:
     assert (to_p, to_d) == (P, D)
     assert isinstance(for_p, Submit)
     assert isinstance(for_d, Submit)
-    assert (for_p.job, for_d.job) == (PrefillJob(D), DecodeJob(P, "p0:7000"))
-    assert for_p.key == for_d.key == entry.key
+    assert isinstance(for_p.job, PrefillJob)
+    secret = for_p.job.grant_key
+    assert (for_p.job, for_d.job) == (PrefillJob(D, secret), DecodeJob(P, "p0:7000", secret))
+    assert len(secret) == 32
+    assert entry.attempt is not None
+    assert for_p.key == for_d.key == entry.attempt.key
+    assert (for_p.key.transfer_id, for_p.key.attempt) == (entry.transfer_id, 1)
+    assert (for_p.output_tokens, for_p.request_id) == ([], "req-1")
     assert (for_p.age_s, for_p.time_left_s, for_p.tenant_key) == (0.0, TIMEOUT_S, b"tenant")
     assert entry.state is RequestState.PREFILLING
 
@@ -184,7 +88,7 @@ def test_a_join_may_overtake_the_prefill_workers_word(desk: Desk) -> None:
     entry = desk.submit()
     desk.play(entry, (D, JOIN), (D, record(1, 1)), (P, FIRST))
     assert (desk.tokens, entry.state) == ([0, 1], RequestState.DECODING)
-    assert entry.prefill_report == PREFILLED
+    assert entry.handling.prefill_report == PREFILLED
 
 
 def test_a_record_that_overlaps_adds_what_is_new(desk: Desk) -> None:
@@ -239,6 +143,8 @@ def test_records_of_an_ended_request_are_late(desk: Desk) -> None:
     desk.play(entry, (D, JOIN), (D, record(1, 1)), (P, record(0, error=FenceFailed("late"))))
     assert len(desk.events) == seen
     assert desk.cancelled_on == [D]
+    assert desk.dispatch.counters[RECORDS_LATE] == 3
+    assert not desk.dispatch.knows(entry.transfer_id)
 
 
 def test_records_of_strangers_are_ignored(desk: Desk) -> None:
@@ -247,50 +153,37 @@ def test_records_of_strangers_are_ignored(desk: Desk) -> None:
     assert (desk.events, entry.state) == ([], RequestState.PREFILLING)
 
 
-def test_a_workers_error_is_the_requests_error(desk: Desk) -> None:
+def test_an_error_that_comes_again_anywhere_is_the_requests_error(desk: Desk) -> None:
     entry = desk.submit()
-    error = FenceFailed("2 of 3 blocks changed")
+    error = InvalidRequest("this model has no such token")
     desk.play(entry, (P, FIRST), (D, record(0, error=error)))
     assert desk.errors == [error]
     assert desk.cancelled_on == [P]
     assert entry.state is RequestState.FAILED
 
 
-def test_the_loss_of_p_before_the_join_fails_the_request(desk: Desk) -> None:
+def test_who_holds_a_request_is_counted_until_the_join(desk: Desk) -> None:
+    alone, both = desk.submit(max_tokens=1), desk.submit()
+    counts = desk.dispatch.num_requests_on
+    assert (counts(P), counts(D)) == (2, 1)
+    desk.play(both, (P, FIRST), (D, JOIN))
+    assert (counts(P), counts(D)) == (1, 1), "once D has joined, P has nothing to do with it"
+    desk.play(both, (D, record(1, 1, finish=FinishReason.STOP)))
+    desk.dispatch.cancel(alone)
+    assert (counts(P), counts(D)) == (0, 0)
+
+
+def test_with_decode_workers_alone_one_of_them_computes_the_prompt() -> None:
+    desk = Desk(D)
     entry = desk.submit()
-    desk.play(entry, (P, FIRST))
-    desk.dispatch.worker_gone(P)
     desk.look()
-    assert [type(error) for error in desk.errors] == [WorkerLost]
-    assert desk.cancelled_on == [D]
-
-
-def test_the_loss_of_p_after_the_join_is_nothing(desk: Desk) -> None:
-    entry = desk.submit()
-    desk.play(entry, (P, FIRST), (D, JOIN))
-    desk.dispatch.worker_gone(P)
-    desk.play(entry, (D, record(1, 1, finish=FinishReason.STOP, forwarded_tokens=1)))
-    assert (desk.tokens, desk.errors) == ([0, 1], [])
-
-
-@pytest.mark.parametrize("joined", [False, True])
-def test_the_loss_of_d_fails_the_request(desk: Desk, joined: bool) -> None:
-    entry = desk.submit()
-    desk.play(entry, (P, FIRST), *([(D, JOIN)] if joined else []))
-    desk.dispatch.worker_gone(D)
-    desk.look()
-    assert [type(error) for error in desk.errors] == [WorkerLost]
-    assert desk.cancelled_on == [P]
-
-
-def test_a_lost_worker_takes_only_its_own_requests(desk: Desk) -> None:
-    alone = desk.submit(max_tokens=1)
-    both = desk.submit()
-    desk.dispatch.worker_gone(D)
-    desk.look()
-    assert [key for key, _ in desk.events] == [both.key]
-    assert desk.dispatch.num_requests_on(P) == 1
-    assert not alone.has_ended
+    assert [(worker, submit.job) for worker, submit in desk.submits] == [(D, DecodeJob(None))]
+    desk.play(entry, (D, first()))
+    assert (desk.tokens, entry.state) == ([0], RequestState.DECODING)
+    desk.play(entry, (D, record(1, 1, finish=FinishReason.STOP, forwarded_tokens=4)))
+    report = desk.last.report
+    assert report is not None
+    assert (report.mode, report.prefill_worker, report.decode_worker) == (Mode.LOCAL, "", "d0@1")
 
 
 def test_the_clients_deadline_ends_it_on_both_workers(desk: Desk) -> None:
@@ -304,15 +197,6 @@ def test_the_clients_deadline_ends_it_on_both_workers(desk: Desk) -> None:
     desk.look()
     assert [type(error) for error in desk.errors] == [DeadlineExceeded]
     assert desk.cancelled_on == [P, D]
-
-
-@pytest.mark.parametrize("state", [state for state in RequestState if state in STATE_DEADLINE_S])
-def test_every_state_that_waits_has_a_deadline(state: RequestState) -> None:
-    entry = Desk().submit()
-    entry.state = state
-    patient = replace(entry.spec, timeout_s=1e9)
-    entry.spec = patient
-    assert entry.expires_at == entry.progress_at + STATE_DEADLINE_S[state]
 
 
 def test_a_cancel_says_nothing_more(desk: Desk) -> None:
@@ -348,33 +232,39 @@ def test_a_stop_string_ends_it_early(desk: Desk) -> None:
 
 def test_a_stop_string_wins_over_whatever_came_meanwhile(desk: Desk) -> None:
     entry = desk.submit()
-    desk.play(entry, (P, FIRST), (D, JOIN), (D, record(1, error=FenceFailed("late"))))
+    desk.play(entry, (P, FIRST), (D, JOIN), (D, record(1, error=InternalError("late"))))
     assert desk.dispatch.finish_early(entry).finish is FinishReason.STOP
 
 
 def test_a_full_router_refuses_and_keeps_nothing() -> None:
-    desk = Desk(max_requests=1)
-    first = desk.submit()
+    desk = Desk(P, D, max_requests=1)
+    taken = desk.submit()
     with pytest.raises(QueueFull) as refused:
         desk.submit()
     assert refused.value.retry_after_s is not None
-    desk.dispatch.cancel(first)
-    assert desk.submit().key != first.key
+    desk.dispatch.cancel(taken)
+    assert desk.submit().transfer_id != taken.transfer_id
+
+
+def test_a_router_that_drains_refuses(desk: Desk) -> None:
+    entry = desk.submit()
+    desk.dispatch.drain()
+    with pytest.raises(NoCapacity):
+        desk.submit()
+    desk.play(entry, (P, record(0, 0, finish=FinishReason.STOP, prefill=PREFILLED)))
+    assert desk.tokens == [0], "what it has may end"
 
 
 @pytest.mark.parametrize(
-    ("candidates", "error"),
-    [
-        ([], NoWorker),
-        (BOTH[:1], NoWorker),
-        ([candidate(P, Role.PREFILL), candidate(D, Role.DECODE, blocks=0)], ExceedsKvCapacity),
-    ],
+    ("sizes", "error"), [({}, NoWorker), ({P: 100}, NoWorker), ({D: 0}, ExceedsKvCapacity)]
 )
 def test_a_request_that_nobody_can_take_leaves_nothing(
-    desk: Desk, candidates: list[Candidate], error: type[BatonError]
+    sizes: dict[WorkerIdentity, int], error: type[BatonError]
 ) -> None:
+    desk = Desk()
+    desk.ready = {worker: candidate(worker, blocks=blocks) for worker, blocks in sizes.items()}
     with pytest.raises(error):
-        desk.submit(candidates=candidates)
+        desk.submit()
     desk.look()
     assert (desk.sends, desk.events, desk.dispatch.num_requests) == ([], [], 0)
 
@@ -399,7 +289,7 @@ def test_any_interleaving_gives_every_token_once(
     count: int, cuts: list[int], turn_of_p: int, repeats: list[int], p_is_lost_at: int
 ) -> None:
     """P's record lands anywhere among D's, frames come twice, P may be lost after the join."""
-    desk = Desk()
+    desk = Desk(P, D)
     entry = desk.submit(max_tokens=count)
     stream = [(D, frame) for frame in frames_of_d(cuts, count)]
     for index in repeats:
@@ -408,7 +298,7 @@ def test_any_interleaving_gives_every_token_once(
     stream.insert(min(turn_of_p, len(stream)), (P, FIRST))
     for turn, step in enumerate(stream):
         if turn == p_is_lost_at and entry.state is RequestState.DECODING:
-            desk.dispatch.worker_gone(P)
+            desk.lose(P)
         desk.play(entry, step)
     assert desk.tokens == list(range(count))
     assert desk.errors == []
@@ -424,40 +314,3 @@ def in_order(
 ) -> list[tuple[WorkerIdentity, OutputRecord]]:
     """One worker's stream is ordered: repeats stand beside their original."""
     return sorted(stream, key=lambda step: (step[1].handover is None, step[1].position))
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.data())
-def test_every_request_ends_once_whatever_happens(data: st.DataObject) -> None:
-    """Records, losses, cancels and time in any order: at most one end, and never a word after."""
-    desk = Desk()
-    entry = desk.submit(max_tokens=4)
-    for _ in range(data.draw(st.integers(1, 12))):
-        worker = data.draw(st.sampled_from([P, D]))
-        match data.draw(st.sampled_from(["record", "finish", "error", "gone", "cancel", "wait"])):
-            case "record":
-                start = data.draw(st.integers(0, 3))
-                desk.play(entry, (worker, record(start, start)))
-            case "finish":
-                finish = record(entry.num_emitted, entry.num_emitted, finish=FinishReason.STOP)
-                desk.play(entry, (worker, finish))
-            case "error":
-                desk.play(entry, (worker, record(0, error=FenceFailed("moved"))))
-            case "gone":
-                desk.dispatch.worker_gone(worker)
-            case "cancel":
-                desk.dispatch.cancel(entry)
-            case "wait":
-                desk.clock.advance(7.0)
-                desk.dispatch.sweep()
-    desk.look()
-    ends = [
-        index
-        for index, (_, event) in enumerate(desk.events)
-        if isinstance(event, BatonError) or event.finish is not None
-    ]
-    assert len(ends) <= 1
-    assert all(index == len(desk.events) - 1 for index in ends)
-    assert entry.has_ended == (desk.dispatch.num_requests == 0)
-    assert bool(ends) == (entry.state in (RequestState.FINISHED, RequestState.FAILED))
-    assert desk.tokens == list(range(len(desk.tokens)))

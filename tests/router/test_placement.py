@@ -1,6 +1,8 @@
 """Least-loaded placement: pairs that store KV alike and are large enough, ties at random."""
 
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -33,13 +35,29 @@ def worker(
     )
 
 
+def named(name: str) -> WorkerIdentity:
+    return worker(name).identity
+
+
 def chosen(
-    *candidates: Candidate, prompt_len: int = 10, max_tokens: int = 5, seed: int = 1
-) -> tuple[str, str | None]:
-    policy = LeastLoaded(SeededRandomness(seed))
-    choice = policy.choose(candidates, prompt_len=prompt_len, max_tokens=max_tokens)
-    decode = None if choice.decode is None else choice.decode.worker_id
-    return choice.prefill.worker_id, decode
+    *candidates: Candidate,
+    prompt_len: int = 10,
+    max_tokens: int = 5,
+    seed: int = 1,
+    excluded: Iterable[str] = (),
+    excluded_pairs: Iterable[tuple[str, str]] = (),
+) -> tuple[str | None, str | None]:
+    choice = LeastLoaded(SeededRandomness(seed)).choose(
+        candidates,
+        prompt_len=prompt_len,
+        max_tokens=max_tokens,
+        excluded=frozenset(named(name) for name in excluded),
+        excluded_pairs=frozenset((named(p), named(d)) for p, d in excluded_pairs),
+    )
+    prefill, decode = (
+        None if picked is None else picked.worker_id for picked in (choice.prefill, choice.decode)
+    )
+    return prefill, decode
 
 
 def test_the_least_loaded_of_each_role_is_taken() -> None:
@@ -70,19 +88,40 @@ def test_a_pair_stores_kv_alike() -> None:
     ) == ("p1", "d0")
 
 
-def test_without_a_pair_that_stores_kv_alike_nobody_serves() -> None:
-    with pytest.raises(NoWorker, match="store KV alike") as refused:
-        chosen(worker("p0", fingerprint="new"), worker("d0", fingerprint="old"))
+def test_without_a_pair_that_stores_kv_alike_a_decode_worker_serves_alone() -> None:
+    assert chosen(worker("p0", fingerprint="new"), worker("d0", fingerprint="old")) == (None, "d0")
+
+
+def test_without_prefill_workers_a_decode_worker_serves_alone() -> None:
+    assert chosen(worker("d0", in_flight=1), worker("d1")) == (None, "d1")
+    assert chosen(worker("d0"), max_tokens=1) == (None, "d0")
+
+
+@pytest.mark.parametrize("candidates", [(), (worker("p0"),)])
+def test_a_missing_role_is_named(candidates: tuple[Candidate, ...]) -> None:
+    with pytest.raises(NoWorker, match="no decode worker") as refused:
+        chosen(*candidates)
     assert refused.value.retry_after_s is not None
 
 
-@pytest.mark.parametrize(
-    ("candidates", "missing"),
-    [((), "prefill"), ((worker("d0"),), "prefill"), ((worker("p0"),), "decode")],
-)
-def test_a_missing_role_is_named(candidates: tuple[Candidate, ...], missing: str) -> None:
-    with pytest.raises(NoWorker, match=f"no {missing} worker"):
-        chosen(*candidates)
+def test_the_excluded_are_not_picked() -> None:
+    everybody = [worker(name) for name in ("p0", "p1", "d0", "d1")]
+    assert chosen(*everybody, excluded=["p0", "d1"]) == ("p1", "d0")
+    assert chosen(*everybody, excluded=["p0", "p1", "d1"]) == (None, "d0")
+    with pytest.raises(NoWorker):
+        chosen(*everybody, excluded=["d0", "d1"])
+
+
+def test_an_excluded_worker_is_one_life_not_a_name() -> None:
+    again = replace(worker("d0"), identity=WorkerIdentity(WorkerId("d0"), Epoch(2), "d0"))
+    assert chosen(worker("p0"), again, excluded=["d0"]) == ("p0", "d0")
+
+
+def test_an_excluded_pair_leaves_both_to_others() -> None:
+    everybody = [worker("p0"), worker("p1", in_flight=9), worker("d0")]
+    assert chosen(*everybody) == ("p0", "d0")
+    assert chosen(*everybody, excluded_pairs=[("p0", "d0")]) == ("p1", "d0")
+    assert chosen(*everybody, excluded_pairs=[("p0", "d0"), ("p1", "d0")]) == (None, "d0")
 
 
 def test_only_workers_that_are_large_enough_are_asked() -> None:
@@ -95,10 +134,9 @@ def test_the_prompt_counts_on_p_and_the_whole_request_on_d() -> None:
     """The last output token is never fed, so 32 + 33 - 1 tokens fill two blocks of 32."""
     exact = (worker("p0", blocks=1), worker("d0", blocks=2))
     assert chosen(*exact, prompt_len=32, max_tokens=33) == ("p0", "d0")
+    assert chosen(*exact, prompt_len=33, max_tokens=32) == (None, "d0"), "P is too small"
     with pytest.raises(ExceedsKvCapacity, match=r"65 tokens of KV fit no decode worker.* 64"):
         chosen(*exact, prompt_len=32, max_tokens=34)
-    with pytest.raises(ExceedsKvCapacity, match=r"33 tokens of KV fit no prefill worker.* 32"):
-        chosen(*exact, prompt_len=33, max_tokens=1)
 
 
 def test_equals_share_the_work() -> None:
@@ -118,4 +156,5 @@ def test_nobody_idler_was_passed_over(loads: list[tuple[int, int]], seed: int) -
         for index, (in_flight, pending) in enumerate(loads)
     ]
     name, _ = chosen(*prefills, worker("d0"), seed=seed)
+    assert name is not None
     assert loads[int(name[1:])] == min(loads)

@@ -25,6 +25,7 @@ from baton.worker.server import WorkerServer
 
 READY_DEADLINE_S = 30.0
 _NAMES = itertools.count()
+_REQUESTS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Cluster:
         """Greedy unless told otherwise; raises the request's BatonError."""
         params = {"temperature": 0.0, "ignore_eos": True, **sampling}
         spec = GenerationSpec(
-            request_id="test",
+            request_id=f"test-{next(_REQUESTS)}",
             model=self.router.catalog.models()[0].name,
             prompt_tokens=prompt,
             sampling=SamplingParams(max_tokens=max_tokens, **params),
@@ -88,7 +89,9 @@ class Cluster:
     def bytes_read(self) -> int:
         """KV bytes that all decode workers pulled, as their transports counted them."""
         return sum(
-            peer.bytes_read for worker in self.decodes for peer in worker.core._peers.values()
+            peer.bytes_read
+            for worker in self.decodes
+            for peer in worker.core.handovers.peers.values()
         )
 
 
@@ -124,6 +127,7 @@ async def run_cluster(
     transport: str = "memory",
     factory: TransportFactory | None = None,
     per_worker: list[dict[str, Any]] | None = None,
+    time_scale: float = 1.0,
     **worker_flags: Any,
 ) -> AsyncIterator[Cluster]:
     """A ready cluster; stopped in order at the end.
@@ -132,7 +136,13 @@ async def run_cluster(
     """
     factory = factory or transports(transport)
     name = f"test-{next(_NAMES)}"
-    flags = {"num_blocks": 512, "check_invariants": True, "num_threads": 1, **worker_flags}
+    flags = {
+        "num_blocks": 512,
+        "check_invariants": True,
+        "num_threads": 1,
+        "time_scale": time_scale,
+        **worker_flags,
+    }
 
     own = iter(per_worker or [{}] * (prefill + decode))
 
@@ -141,7 +151,14 @@ async def run_cluster(
         return WorkerConfig(model=str(model), redis=redis_url, cluster=name, **merged)
 
     router = RouterServer(
-        RouterConfig(redis=redis_url, cluster=name, http_port=0, grpc_port=0, admin_port=0)
+        RouterConfig(
+            redis=redis_url,
+            cluster=name,
+            http_port=0,
+            grpc_port=0,
+            admin_port=0,
+            time_scale=time_scale,
+        )
     )
     cluster = Cluster(router)
     for index in range(prefill):

@@ -56,7 +56,9 @@ def run_bereaved_reader(pipe: Connection) -> None:
         assert pipe.recv() == "owner stopped"
         everything = slots(*range(NUM_SLOTS))
         handles = reading.arena.handles(everything)
-        fenced = FencedRead(reading.reader, handles, everything, now_s=time.monotonic())
+        fenced = FencedRead(
+            reading.reader, handles, everything, now_s=time.monotonic(), min_deadline_s=2.0
+        )
         pipe.send((fenced.poll().name, len(fenced.pending_slots)))
         assert pipe.recv() == "owner killed"
         started = time.monotonic()

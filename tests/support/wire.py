@@ -14,6 +14,7 @@ from baton.common.ids import (
     WorkerIdentity,
 )
 from baton.common.messages import (
+    Cancel,
     DecodeJob,
     HandoverReport,
     LeaseClaim,
@@ -22,12 +23,17 @@ from baton.common.messages import (
     LeaseRow,
     LeaseState,
     LeaseStatus,
+    LiveRequest,
     LoadReport,
     ModelInfo,
+    Move,
     OutputRecord,
     PrefillJob,
     PrefillReport,
+    Reap,
     RouterHello,
+    SetDraining,
+    Stay,
     Submit,
     WorkerHello,
 )
@@ -65,19 +71,31 @@ samplings = st.builds(
     stop_token_ids=st.lists(u32, **few).map(tuple),
 )
 jobs = st.one_of(
-    st.builds(PrefillJob, st.none() | identities), st.builds(DecodeJob, identities, texts)
+    st.builds(PrefillJob, st.none() | identities, st.binary(max_size=64)),
+    st.builds(DecodeJob, st.none() | identities, texts, st.binary(max_size=64)),
 )
 submits = st.builds(
     Submit,
     key=keys,
     prompt_tokens=st.lists(u32, max_size=20),
+    output_tokens=st.lists(u32, max_size=20),
     sampling=samplings,
     tenant_key=st.binary(max_size=64),
     age_s=doubles,
     time_left_s=doubles,
     job=jobs,
+    request_id=texts,
 )
-router_hellos = st.builds(RouterHello, names.map(RouterId), u64, st.lists(keys, **few).map(tuple))
+lives = st.builds(LiveRequest, keys, u32)
+router_hellos = st.builds(RouterHello, names.map(RouterId), u64, st.lists(lives, **few).map(tuple))
+router_messages = st.one_of(
+    submits,
+    st.builds(Cancel, keys),
+    st.builds(Move, keys, keys, identities, st.binary(max_size=64)),
+    st.builds(Stay, keys),
+    st.builds(SetDraining, st.booleans()),
+    st.builds(Reap, st.lists(keys, **few).map(tuple)),
+)
 models = st.builds(
     ModelInfo,
     name=texts,
@@ -97,6 +115,9 @@ lease_rows = st.builds(
     age_s=doubles,
     expires_in_s=doubles,
     state=texts,
+    request_id=texts,
+    why=texts,
+    router=texts,
 )
 loads = st.builds(
     LoadReport,
@@ -110,6 +131,10 @@ loads = st.builds(
     tokens_pending=u64,
     draining=st.booleans(),
     leases=st.lists(lease_rows, max_size=3).map(tuple),
+    steps=u64,
+    stalled_s=doubles,
+    pinned_unowned_bytes=u64,
+    counters=st.dictionaries(names, u64, max_size=3),
 )
 worker_hellos = st.builds(
     WorkerHello,
@@ -144,9 +169,9 @@ records = st.builds(
     forwarded_tokens=u32,
 )
 reader_messages = st.one_of(
-    st.builds(LeaseClaim, keys),
+    st.builds(LeaseClaim, keys, st.binary(max_size=32)),
     st.builds(LeaseRenew, st.lists(keys, **few).map(tuple)),
-    st.builds(LeaseRelease, keys),
+    st.builds(LeaseRelease, keys, st.booleans(), st.lists(u32.map(Slot), **few).map(tuple)),
 )
 handles = st.lists(st.tuples(u32.map(Slot), u64.map(Generation)), **few)
 statuses = st.builds(
@@ -158,8 +183,13 @@ statuses = st.builds(
     handles,
     key=keys,
     state=st.sampled_from(LeaseState),
+    mac=st.binary(max_size=32),
+    kv_tokens=u32,
     readable_tokens=u32,
-    first_token=st.none() | u32,
+    output_position=u32,
+    output_tokens=st.lists(u32, **few).map(tuple),
+    first_digest=u32,
+    digests=st.lists(st.integers(-(2**63), 2**63 - 1), **few).map(tuple),
     finished=st.booleans(),
     cached_tokens=u32,
     error=st.none() | errors,

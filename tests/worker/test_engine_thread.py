@@ -4,7 +4,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from support.core_pair import CorePair, P
+from support.core_mesh import CoreMesh, P
 
 from baton.common.clock import SystemClock
 from baton.common.errors import TransferError
@@ -16,8 +16,8 @@ async def test_a_failed_engine_reports_it_and_leaves_no_reader_behind(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its open reads would write to an arena that is about to be torn down."""
-    core = CorePair(tiny_llama).decode
-    peer = core._peers[P]
+    core = CoreMesh(tiny_llama).decode
+    peer = core.handovers.peers[P]
     failure: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
 
     def broken() -> None:

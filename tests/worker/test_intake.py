@@ -7,9 +7,9 @@ import pytest
 from baton.common.clock import ManualClock
 from baton.common.errors import BatonError, InvalidRequest
 from baton.common.ids import RequestKey, RouterId, TransferId
-from baton.common.messages import PrefillJob, Submit
+from baton.common.messages import LiveRequest, OutputRecord, PrefillJob, Submit
 from baton.common.sampling import SamplingParams
-from baton.kvtransfer.ledger import TERM_S
+from baton.common.timing import DEFAULT_TIMING
 from baton.worker.admission import Limits
 from baton.worker.core import Effects
 from baton.worker.intake import Intake
@@ -30,7 +30,7 @@ class Worker:
     def __init__(self) -> None:
         self.clock = ManualClock()
         self.ended: list[tuple[RequestKey, BatonError]] = []
-        self.intake: Intake[Held] = Intake(LIMITS, self.clock, end=self.end)
+        self.intake: Intake[Held] = Intake(LIMITS, self.clock, DEFAULT_TIMING, end=self.end)
 
     def end(self, request: Held, error: BatonError) -> None:
         self.ended.append((request.key, error))
@@ -80,10 +80,10 @@ def test_a_cancel_that_overtakes_its_submit_wins() -> None:
 def test_an_ending_is_remembered_for_one_lease_time() -> None:
     worker = Worker()
     worker.intake.cancel(request(1).key)
-    worker.clock.advance(TERM_S)
+    worker.clock.advance(DEFAULT_TIMING.lease_term_s)
     worker.intake.cancel(request(2).key)
-    assert not worker.intake.has_ended(request(1).key)
-    assert worker.intake.has_ended(request(2).key)
+    assert not worker.intake.endings.has_ended(request(1).key)
+    assert worker.intake.endings.has_ended(request(2).key)
 
 
 def test_what_was_refused_has_ended() -> None:
@@ -101,7 +101,7 @@ def test_a_router_that_is_gone_takes_its_own_requests_alone() -> None:
     worker.intake.abort_router(HERE, keep=frozenset({request(2).key}))
     assert [(key, error.reason) for key, error in worker.ended] == [(request(1).key, "worker_lost")]
     assert set(worker.intake.requests) == {request(2).key, request(3).key}
-    assert worker.intake.has_ended(request(1).key)
+    assert worker.intake.endings.has_ended(request(1).key)
 
 
 @pytest.mark.parametrize("is_draining", [False, True])
@@ -111,3 +111,34 @@ def test_a_worker_that_is_full_or_drains_says_so(is_draining: bool) -> None:
         assert worker.submit(request(number)) == ""
     worker.intake.is_draining = is_draining
     assert worker.submit(request(9)) == ("no_worker" if is_draining else "queue_full")
+
+
+def test_a_router_that_attaches_anew_hears_of_what_is_not_here() -> None:
+    worker = Worker()
+    for number, router in ((1, HERE), (2, HERE), (3, THERE)):
+        assert worker.submit(request(number), router) == ""
+    effects = Effects()
+    live = tuple(LiveRequest(request(number).key, 4) for number in (2, 9))
+    known = worker.intake.router_attached(HERE, live, effects)
+    assert [(held.key, position) for held, position in known] == [(request(2).key, 4)]
+    assert [key for key, _ in worker.ended] == [request(1).key], "nobody named it"
+    (told,) = effects.records[HERE]
+    assert told.error is not None
+    assert (told.key, told.error.reason) == (request(9).key, "unknown_request")
+
+
+def test_what_an_older_stream_was_to_carry_is_dropped() -> None:
+    worker, effects = Worker(), Effects()
+    assert worker.submit(request(1)) == ""
+    for number, router in ((1, HERE), (2, THERE)):
+        effects.record(router, OutputRecord(key=request(number).key, tokens=(5,)))
+    worker.intake.router_attached(HERE, (LiveRequest(request(1).key, 0),), effects)
+    assert list(effects.records) == [THERE]
+
+
+def test_a_lower_attempt_is_refused_while_a_higher_one_is_here() -> None:
+    worker = Worker()
+    assert worker.submit(request(1, attempt=2)) == ""
+    assert worker.submit(request(1, attempt=1)) == "already_exists"
+    assert worker.submit(request(1, attempt=3)) == "", "a move has two of them here"
+    assert worker.submit(request(1, attempt=1)) == "already_exists"

@@ -26,7 +26,7 @@ from baton.v1 import common_pb2 as baton_dot_v1_dot_common__pb2
 from baton.v1 import worker_pb2 as baton_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62\x61ton/v1/admin.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\x1a\x15\x62\x61ton/v1/worker.proto\"\x14\n\x12ListWorkersRequest\"8\n\x13ListWorkersResponse\x12!\n\x07workers\x18\x01 \x03(\x0b\x32\x10.baton.v1.Worker\"\x83\x02\n\x06Worker\x12*\n\x08identity\x18\x01 \x01(\x0b\x32\x18.baton.v1.WorkerIdentity\x12\x1c\n\x04role\x18\x02 \x01(\x0e\x32\x0e.baton.v1.Role\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x14\n\x0clink_address\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\r\n\x05model\x18\x07 \x01(\t\x12\"\n\x04load\x18\x08 \x01(\x0b\x32\x14.baton.v1.LoadReport\x12\x10\n\x08requests\x18\t \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\n \x01(\t\x12\x12\n\nblock_size\x18\x0b \x01(\r\"\x13\n\x11ListLeasesRequest\"8\n\x12ListLeasesResponse\x12\"\n\x06leases\x18\x01 \x03(\x0b\x32\x12.baton.v1.LeaseRow2\xa3\x01\n\x0c\x41\x64minService\x12J\n\x0bListWorkers\x12\x1c.baton.v1.ListWorkersRequest\x1a\x1d.baton.v1.ListWorkersResponse\x12G\n\nListLeases\x12\x1b.baton.v1.ListLeasesRequest\x1a\x1c.baton.v1.ListLeasesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62\x61ton/v1/admin.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\x1a\x15\x62\x61ton/v1/worker.proto\"\x14\n\x12ListWorkersRequest\"8\n\x13ListWorkersResponse\x12!\n\x07workers\x18\x01 \x03(\x0b\x32\x10.baton.v1.Worker\"\x83\x02\n\x06Worker\x12*\n\x08identity\x18\x01 \x01(\x0b\x32\x18.baton.v1.WorkerIdentity\x12\x1c\n\x04role\x18\x02 \x01(\x0e\x32\x0e.baton.v1.Role\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x14\n\x0clink_address\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\r\n\x05model\x18\x07 \x01(\t\x12\"\n\x04load\x18\x08 \x01(\x0b\x32\x14.baton.v1.LoadReport\x12\x10\n\x08requests\x18\t \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\n \x01(\t\x12\x12\n\nblock_size\x18\x0b \x01(\r\"H\n\x11ReapLeasesRequest\x12\"\n\x04keys\x18\x01 \x03(\x0b\x32\x14.baton.v1.RequestKey\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\"8\n\x12ReapLeasesResponse\x12\"\n\x06reaped\x18\x01 \x03(\x0b\x32\x12.baton.v1.LeaseRow\"\'\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"7\n\x13\x44rainWorkerResponse\x12 \n\x06worker\x18\x01 \x01(\x0b\x32\x10.baton.v1.Worker\"(\n\x13ResumeWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"8\n\x14ResumeWorkerResponse\x12 \n\x06worker\x18\x01 \x01(\x0b\x32\x10.baton.v1.Worker\"\x13\n\x11ListLeasesRequest\"8\n\x12ListLeasesResponse\x12\"\n\x06leases\x18\x01 \x03(\x0b\x32\x12.baton.v1.LeaseRow2\x87\x03\n\x0c\x41\x64minService\x12J\n\x0bListWorkers\x12\x1c.baton.v1.ListWorkersRequest\x1a\x1d.baton.v1.ListWorkersResponse\x12G\n\nListLeases\x12\x1b.baton.v1.ListLeasesRequest\x1a\x1c.baton.v1.ListLeasesResponse\x12G\n\nReapLeases\x12\x1b.baton.v1.ReapLeasesRequest\x1a\x1c.baton.v1.ReapLeasesResponse\x12J\n\x0b\x44rainWorker\x12\x1c.baton.v1.DrainWorkerRequest\x1a\x1d.baton.v1.DrainWorkerResponse\x12M\n\x0cResumeWorker\x12\x1d.baton.v1.ResumeWorkerRequest\x1a\x1e.baton.v1.ResumeWorkerResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,10 +39,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTWORKERSRESPONSE']._serialized_end=158
   _globals['_WORKER']._serialized_start=161
   _globals['_WORKER']._serialized_end=420
-  _globals['_LISTLEASESREQUEST']._serialized_start=422
-  _globals['_LISTLEASESREQUEST']._serialized_end=441
-  _globals['_LISTLEASESRESPONSE']._serialized_start=443
-  _globals['_LISTLEASESRESPONSE']._serialized_end=499
-  _globals['_ADMINSERVICE']._serialized_start=502
-  _globals['_ADMINSERVICE']._serialized_end=665
+  _globals['_REAPLEASESREQUEST']._serialized_start=422
+  _globals['_REAPLEASESREQUEST']._serialized_end=494
+  _globals['_REAPLEASESRESPONSE']._serialized_start=496
+  _globals['_REAPLEASESRESPONSE']._serialized_end=552
+  _globals['_DRAINWORKERREQUEST']._serialized_start=554
+  _globals['_DRAINWORKERREQUEST']._serialized_end=593
+  _globals['_DRAINWORKERRESPONSE']._serialized_start=595
+  _globals['_DRAINWORKERRESPONSE']._serialized_end=650
+  _globals['_RESUMEWORKERREQUEST']._serialized_start=652
+  _globals['_RESUMEWORKERREQUEST']._serialized_end=692
+  _globals['_RESUMEWORKERRESPONSE']._serialized_start=694
+  _globals['_RESUMEWORKERRESPONSE']._serialized_end=750
+  _globals['_LISTLEASESREQUEST']._serialized_start=752
+  _globals['_LISTLEASESREQUEST']._serialized_end=771
+  _globals['_LISTLEASESRESPONSE']._serialized_start=773
+  _globals['_LISTLEASESRESPONSE']._serialized_end=829
+  _globals['_ADMINSERVICE']._serialized_start=832
+  _globals['_ADMINSERVICE']._serialized_end=1223
 # @@protoc_insertion_point(module_scope)

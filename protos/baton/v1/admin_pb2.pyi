@@ -44,6 +44,44 @@ class Worker(_message.Message):
     block_size: int
     def __init__(self, identity: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., link_address: _Optional[str] = ..., pid: _Optional[int] = ..., model: _Optional[str] = ..., load: _Optional[_Union[_worker_pb2.LoadReport, _Mapping]] = ..., requests: _Optional[int] = ..., fingerprint: _Optional[str] = ..., block_size: _Optional[int] = ...) -> None: ...
 
+class ReapLeasesRequest(_message.Message):
+    __slots__ = ("keys", "dry_run")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedCompositeFieldContainer[_common_pb2.RequestKey]
+    dry_run: bool
+    def __init__(self, keys: _Optional[_Iterable[_Union[_common_pb2.RequestKey, _Mapping]]] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+
+class ReapLeasesResponse(_message.Message):
+    __slots__ = ("reaped",)
+    REAPED_FIELD_NUMBER: _ClassVar[int]
+    reaped: _containers.RepeatedCompositeFieldContainer[_worker_pb2.LeaseRow]
+    def __init__(self, reaped: _Optional[_Iterable[_Union[_worker_pb2.LeaseRow, _Mapping]]] = ...) -> None: ...
+
+class DrainWorkerRequest(_message.Message):
+    __slots__ = ("worker_id",)
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    def __init__(self, worker_id: _Optional[str] = ...) -> None: ...
+
+class DrainWorkerResponse(_message.Message):
+    __slots__ = ("worker",)
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    worker: Worker
+    def __init__(self, worker: _Optional[_Union[Worker, _Mapping]] = ...) -> None: ...
+
+class ResumeWorkerRequest(_message.Message):
+    __slots__ = ("worker_id",)
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    def __init__(self, worker_id: _Optional[str] = ...) -> None: ...
+
+class ResumeWorkerResponse(_message.Message):
+    __slots__ = ("worker",)
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    worker: Worker
+    def __init__(self, worker: _Optional[_Union[Worker, _Mapping]] = ...) -> None: ...
+
 class ListLeasesRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

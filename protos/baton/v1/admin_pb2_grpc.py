@@ -44,6 +44,21 @@ class AdminServiceStub:
                 request_serializer=baton_dot_v1_dot_admin__pb2.ListLeasesRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_admin__pb2.ListLeasesResponse.FromString,
                 _registered_method=True)
+        self.ReapLeases = channel.unary_unary(
+                '/baton.v1.AdminService/ReapLeases',
+                request_serializer=baton_dot_v1_dot_admin__pb2.ReapLeasesRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_admin__pb2.ReapLeasesResponse.FromString,
+                _registered_method=True)
+        self.DrainWorker = channel.unary_unary(
+                '/baton.v1.AdminService/DrainWorker',
+                request_serializer=baton_dot_v1_dot_admin__pb2.DrainWorkerRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_admin__pb2.DrainWorkerResponse.FromString,
+                _registered_method=True)
+        self.ResumeWorker = channel.unary_unary(
+                '/baton.v1.AdminService/ResumeWorker',
+                request_serializer=baton_dot_v1_dot_admin__pb2.ResumeWorkerRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_admin__pb2.ResumeWorkerResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -63,6 +78,27 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReapLeases(self, request, context):
+        """End leases at once. Without keys: those of this router whose request it no longer knows.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainWorker(self, request, context):
+        """Move what runs on a worker away and give it nothing new.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeWorker(self, request, context):
+        """Undo a drain.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +111,21 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ListLeases,
                     request_deserializer=baton_dot_v1_dot_admin__pb2.ListLeasesRequest.FromString,
                     response_serializer=baton_dot_v1_dot_admin__pb2.ListLeasesResponse.SerializeToString,
+            ),
+            'ReapLeases': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReapLeases,
+                    request_deserializer=baton_dot_v1_dot_admin__pb2.ReapLeasesRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_admin__pb2.ReapLeasesResponse.SerializeToString,
+            ),
+            'DrainWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainWorker,
+                    request_deserializer=baton_dot_v1_dot_admin__pb2.DrainWorkerRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_admin__pb2.DrainWorkerResponse.SerializeToString,
+            ),
+            'ResumeWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeWorker,
+                    request_deserializer=baton_dot_v1_dot_admin__pb2.ResumeWorkerRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_admin__pb2.ResumeWorkerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +182,87 @@ class AdminService:
             '/baton.v1.AdminService/ListLeases',
             baton_dot_v1_dot_admin__pb2.ListLeasesRequest.SerializeToString,
             baton_dot_v1_dot_admin__pb2.ListLeasesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReapLeases(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.AdminService/ReapLeases',
+            baton_dot_v1_dot_admin__pb2.ReapLeasesRequest.SerializeToString,
+            baton_dot_v1_dot_admin__pb2.ReapLeasesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.AdminService/DrainWorker',
+            baton_dot_v1_dot_admin__pb2.DrainWorkerRequest.SerializeToString,
+            baton_dot_v1_dot_admin__pb2.DrainWorkerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.AdminService/ResumeWorker',
+            baton_dot_v1_dot_admin__pb2.ResumeWorkerRequest.SerializeToString,
+            baton_dot_v1_dot_admin__pb2.ResumeWorkerResponse.FromString,
             options,
             channel_credentials,
             insecure,

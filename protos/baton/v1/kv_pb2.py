@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from baton.v1 import common_pb2 as baton_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11\x62\x61ton/v1/kv.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\"\xb9\x01\n\x0bLinkRequest\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.baton.v1.ReaderHelloH\x00\x12%\n\x05\x63laim\x18\x02 \x01(\x0b\x32\x14.baton.v1.LeaseClaimH\x00\x12%\n\x05renew\x18\x03 \x01(\x0b\x32\x14.baton.v1.LeaseRenewH\x00\x12)\n\x07release\x18\x04 \x01(\x0b\x32\x16.baton.v1.LeaseReleaseH\x00\x42\t\n\x07message\"\x93\x01\n\x0cLinkResponse\x12%\n\x05hello\x18\x01 \x01(\x0b\x32\x14.baton.v1.OwnerHelloH\x00\x12\'\n\x06status\x18\x02 \x01(\x0b\x32\x15.baton.v1.LeaseStatusH\x00\x12(\n\x07refusal\x18\x03 \x01(\x0b\x32\x15.baton.v1.LinkRefusalH\x00\x42\t\n\x07message\")\n\rProtocolRange\x12\x0b\n\x03min\x18\x01 \x01(\r\x12\x0b\n\x03max\x18\x02 \x01(\r\"/\n\x10\x46ingerprintField\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\"\xe1\x01\n\x0bReaderHello\x12)\n\x08protocol\x18\x01 \x01(\x0b\x32\x17.baton.v1.ProtocolRange\x12*\n\x08identity\x18\x02 \x01(\x0b\x32\x18.baton.v1.WorkerIdentity\x12\'\n\x05owner\x18\x03 \x01(\x0b\x32\x18.baton.v1.WorkerIdentity\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12*\n\x06\x66ields\x18\x05 \x03(\x0b\x32\x1a.baton.v1.FingerprintField\x12\x11\n\ttransport\x18\x06 \x01(\t\"\x89\x01\n\nOwnerHello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12*\n\x08identity\x18\x02 \x01(\x0b\x32\x18.baton.v1.WorkerIdentity\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12(\n\x05\x61rena\x18\x04 \x01(\x0b\x32\x19.baton.v1.ArenaDescriptor\"\x91\x01\n\x0f\x41renaDescriptor\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x10\n\x08metadata\x18\x02 \x01(\x0c\x12\x14\n\x0c\x62\x61se_address\x18\x03 \x01(\x04\x12\x13\n\x0b\x62lock_bytes\x18\x04 \x01(\x04\x12\x11\n\tnum_slots\x18\x05 \x01(\r\x12\x1b\n\x13generations_address\x18\x06 \x01(\x04\"3\n\x0bLinkRefusal\x12$\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x15.baton.v1.ErrorDetail\"/\n\nLeaseClaim\x12!\n\x03key\x18\x01 \x01(\x0b\x32\x14.baton.v1.RequestKey\"0\n\nLeaseRenew\x12\"\n\x04keys\x18\x01 \x03(\x0b\x32\x14.baton.v1.RequestKey\"1\n\x0cLeaseRelease\x12!\n\x03key\x18\x01 \x01(\x0b\x32\x14.baton.v1.RequestKey\"\x8b\x02\n\x0bLeaseStatus\x12!\n\x03key\x18\x01 \x01(\x0b\x32\x14.baton.v1.RequestKey\x12#\n\x05state\x18\x02 \x01(\x0e\x32\x14.baton.v1.LeaseState\x12\r\n\x05slots\x18\x03 \x03(\r\x12\x13\n\x0bgenerations\x18\x04 \x03(\x06\x12\x17\n\x0freadable_tokens\x18\x05 \x01(\r\x12\x18\n\x0b\x66irst_token\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\x10\n\x08\x66inished\x18\x07 \x01(\x08\x12$\n\x05\x65rror\x18\x08 \x01(\x0b\x32\x15.baton.v1.ErrorDetail\x12\x15\n\rcached_tokens\x18\t \x01(\rB\x0e\n\x0c_first_token*o\n\nLeaseState\x12\x1b\n\x17LEASE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13LEASE_STATE_NOT_YET\x10\x01\x12\x14\n\x10LEASE_STATE_OPEN\x10\x02\x12\x15\n\x11LEASE_STATE_ENDED\x10\x03\x32\x46\n\tKvService\x12\x39\n\x04Link\x12\x15.baton.v1.LinkRequest\x1a\x16.baton.v1.LinkResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11\x62\x61ton/v1/kv.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\"\xb9\x01\n\x0bLinkRequest\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.baton.v1.ReaderHelloH\x00\x12%\n\x05\x63laim\x18\x02 \x01(\x0b\x32\x14.baton.v1.LeaseClaimH\x00\x12%\n\x05renew\x18\x03 \x01(\x0b\x32\x14.baton.v1.LeaseRenewH\x00\x12)\n\x07release\x18\x04 \x01(\x0b\x32\x16.baton.v1.LeaseReleaseH\x00\x42\t\n\x07message\"\x93\x01\n\x0cLinkResponse\x12%\n\x05hello\x18\x01 \x01(\x0b\x32\x14.baton.v1.OwnerHelloH\x00\x12\'\n\x06status\x18\x02 \x01(\x0b\x32\x15.baton.v1.LeaseStatusH\x00\x12(\n\x07refusal\x18\x03 \x01(\x0b\x32\x15.baton.v1.LinkRefusalH\x00\x42\t\n\x07message\")\n\rProtocolRange\x12\x0b\n\x03min\x18\x01 \x01(\r\x12\x0b\n\x03max\x18\x02 \x01(\r\"/\n\x10\x46ingerprintField\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\"\xe1\x01\n\x0bReaderHello\x12)\n\x08protocol\x18\x01 \x01(\x0b\x32\x17.baton.v1.ProtocolRange\x12*\n\x08identity\x18\x02 \x01(\x0b\x32\x18.baton.v1.WorkerIdentity\x12\'\n\x05owner\x18\x03 \x01(\x0b\x32\x18.baton.v1.WorkerIdentity\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12*\n\x06\x66ields\x18\x05 \x03(\x0b\x32\x1a.baton.v1.FingerprintField\x12\x11\n\ttransport\x18\x06 \x01(\t\"\x89\x01\n\nOwnerHello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12*\n\x08identity\x18\x02 \x01(\x0b\x32\x18.baton.v1.WorkerIdentity\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12(\n\x05\x61rena\x18\x04 \x01(\x0b\x32\x19.baton.v1.ArenaDescriptor\"\xa1\x01\n\x0f\x41renaDescriptor\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x10\n\x08metadata\x18\x02 \x01(\x0c\x12\x14\n\x0c\x62\x61se_address\x18\x03 \x01(\x04\x12\x13\n\x0b\x62lock_bytes\x18\x04 \x01(\x04\x12\x11\n\tnum_slots\x18\x05 \x01(\r\x12\x1b\n\x13generations_address\x18\x06 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x07 \x01(\x0c\"3\n\x0bLinkRefusal\x12$\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x15.baton.v1.ErrorDetail\"<\n\nLeaseClaim\x12!\n\x03key\x18\x01 \x01(\x0b\x32\x14.baton.v1.RequestKey\x12\x0b\n\x03mac\x18\x02 \x01(\x0c\"0\n\nLeaseRenew\x12\"\n\x04keys\x18\x01 \x03(\x0b\x32\x14.baton.v1.RequestKey\"T\n\x0cLeaseRelease\x12!\n\x03key\x18\x01 \x01(\x0b\x32\x14.baton.v1.RequestKey\x12\x0e\n\x06joined\x18\x02 \x01(\x08\x12\x11\n\tbad_slots\x18\x03 \x03(\r\"\xdb\x02\n\x0bLeaseStatus\x12!\n\x03key\x18\x01 \x01(\x0b\x32\x14.baton.v1.RequestKey\x12#\n\x05state\x18\x02 \x01(\x0e\x32\x14.baton.v1.LeaseState\x12\r\n\x05slots\x18\x03 \x03(\r\x12\x13\n\x0bgenerations\x18\x04 \x03(\x06\x12\x17\n\x0freadable_tokens\x18\x05 \x01(\r\x12\x18\n\x10output_token_ids\x18\x06 \x03(\r\x12\x17\n\x0foutput_position\x18\x07 \x01(\r\x12\x10\n\x08\x66inished\x18\x08 \x01(\x08\x12$\n\x05\x65rror\x18\t \x01(\x0b\x32\x15.baton.v1.ErrorDetail\x12\x15\n\rcached_tokens\x18\n \x01(\r\x12\x11\n\tkv_tokens\x18\x0b \x01(\r\x12\x0b\n\x03mac\x18\x0c \x01(\x0c\x12\x0f\n\x07\x64igests\x18\r \x03(\x10\x12\x14\n\x0c\x66irst_digest\x18\x0e \x01(\r*o\n\nLeaseState\x12\x1b\n\x17LEASE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13LEASE_STATE_NOT_YET\x10\x01\x12\x14\n\x10LEASE_STATE_OPEN\x10\x02\x12\x15\n\x11LEASE_STATE_ENDED\x10\x03\x32\x46\n\tKvService\x12\x39\n\x04Link\x12\x15.baton.v1.LinkRequest\x1a\x16.baton.v1.LinkResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.v1.kv_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LEASESTATE']._serialized_start=1473
-  _globals['_LEASESTATE']._serialized_end=1584
+  _globals['_LEASESTATE']._serialized_start=1617
+  _globals['_LEASESTATE']._serialized_end=1728
   _globals['_LINKREQUEST']._serialized_start=55
   _globals['_LINKREQUEST']._serialized_end=240
   _globals['_LINKRESPONSE']._serialized_start=243
@@ -47,17 +47,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OWNERHELLO']._serialized_start=713
   _globals['_OWNERHELLO']._serialized_end=850
   _globals['_ARENADESCRIPTOR']._serialized_start=853
-  _globals['_ARENADESCRIPTOR']._serialized_end=998
-  _globals['_LINKREFUSAL']._serialized_start=1000
-  _globals['_LINKREFUSAL']._serialized_end=1051
-  _globals['_LEASECLAIM']._serialized_start=1053
-  _globals['_LEASECLAIM']._serialized_end=1100
-  _globals['_LEASERENEW']._serialized_start=1102
-  _globals['_LEASERENEW']._serialized_end=1150
-  _globals['_LEASERELEASE']._serialized_start=1152
-  _globals['_LEASERELEASE']._serialized_end=1201
-  _globals['_LEASESTATUS']._serialized_start=1204
-  _globals['_LEASESTATUS']._serialized_end=1471
-  _globals['_KVSERVICE']._serialized_start=1586
-  _globals['_KVSERVICE']._serialized_end=1656
+  _globals['_ARENADESCRIPTOR']._serialized_end=1014
+  _globals['_LINKREFUSAL']._serialized_start=1016
+  _globals['_LINKREFUSAL']._serialized_end=1067
+  _globals['_LEASECLAIM']._serialized_start=1069
+  _globals['_LEASECLAIM']._serialized_end=1129
+  _globals['_LEASERENEW']._serialized_start=1131
+  _globals['_LEASERENEW']._serialized_end=1179
+  _globals['_LEASERELEASE']._serialized_start=1181
+  _globals['_LEASERELEASE']._serialized_end=1265
+  _globals['_LEASESTATUS']._serialized_start=1268
+  _globals['_LEASESTATUS']._serialized_end=1615
+  _globals['_KVSERVICE']._serialized_start=1730
+  _globals['_KVSERVICE']._serialized_end=1800
 # @@protoc_insertion_point(module_scope)

@@ -86,20 +86,22 @@ class OwnerHello(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., identity: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ..., fingerprint: _Optional[str] = ..., arena: _Optional[_Union[ArenaDescriptor, _Mapping]] = ...) -> None: ...
 
 class ArenaDescriptor(_message.Message):
-    __slots__ = ("transport", "metadata", "base_address", "block_bytes", "num_slots", "generations_address")
+    __slots__ = ("transport", "metadata", "base_address", "block_bytes", "num_slots", "generations_address", "digest")
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     METADATA_FIELD_NUMBER: _ClassVar[int]
     BASE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_SLOTS_FIELD_NUMBER: _ClassVar[int]
     GENERATIONS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     transport: str
     metadata: bytes
     base_address: int
     block_bytes: int
     num_slots: int
     generations_address: int
-    def __init__(self, transport: _Optional[str] = ..., metadata: _Optional[bytes] = ..., base_address: _Optional[int] = ..., block_bytes: _Optional[int] = ..., num_slots: _Optional[int] = ..., generations_address: _Optional[int] = ...) -> None: ...
+    digest: bytes
+    def __init__(self, transport: _Optional[str] = ..., metadata: _Optional[bytes] = ..., base_address: _Optional[int] = ..., block_bytes: _Optional[int] = ..., num_slots: _Optional[int] = ..., generations_address: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class LinkRefusal(_message.Message):
     __slots__ = ("error",)
@@ -108,10 +110,12 @@ class LinkRefusal(_message.Message):
     def __init__(self, error: _Optional[_Union[_common_pb2.ErrorDetail, _Mapping]] = ...) -> None: ...
 
 class LeaseClaim(_message.Message):
-    __slots__ = ("key",)
+    __slots__ = ("key", "mac")
     KEY_FIELD_NUMBER: _ClassVar[int]
+    MAC_FIELD_NUMBER: _ClassVar[int]
     key: _common_pb2.RequestKey
-    def __init__(self, key: _Optional[_Union[_common_pb2.RequestKey, _Mapping]] = ...) -> None: ...
+    mac: bytes
+    def __init__(self, key: _Optional[_Union[_common_pb2.RequestKey, _Mapping]] = ..., mac: _Optional[bytes] = ...) -> None: ...
 
 class LeaseRenew(_message.Message):
     __slots__ = ("keys",)
@@ -120,29 +124,43 @@ class LeaseRenew(_message.Message):
     def __init__(self, keys: _Optional[_Iterable[_Union[_common_pb2.RequestKey, _Mapping]]] = ...) -> None: ...
 
 class LeaseRelease(_message.Message):
-    __slots__ = ("key",)
+    __slots__ = ("key", "joined", "bad_slots")
     KEY_FIELD_NUMBER: _ClassVar[int]
+    JOINED_FIELD_NUMBER: _ClassVar[int]
+    BAD_SLOTS_FIELD_NUMBER: _ClassVar[int]
     key: _common_pb2.RequestKey
-    def __init__(self, key: _Optional[_Union[_common_pb2.RequestKey, _Mapping]] = ...) -> None: ...
+    joined: bool
+    bad_slots: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, key: _Optional[_Union[_common_pb2.RequestKey, _Mapping]] = ..., joined: _Optional[bool] = ..., bad_slots: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class LeaseStatus(_message.Message):
-    __slots__ = ("key", "state", "slots", "generations", "readable_tokens", "first_token", "finished", "error", "cached_tokens")
+    __slots__ = ("key", "state", "slots", "generations", "readable_tokens", "output_token_ids", "output_position", "finished", "error", "cached_tokens", "kv_tokens", "mac", "digests", "first_digest")
     KEY_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     GENERATIONS_FIELD_NUMBER: _ClassVar[int]
     READABLE_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_POSITION_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAC_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_DIGEST_FIELD_NUMBER: _ClassVar[int]
     key: _common_pb2.RequestKey
     state: LeaseState
     slots: _containers.RepeatedScalarFieldContainer[int]
     generations: _containers.RepeatedScalarFieldContainer[int]
     readable_tokens: int
-    first_token: int
+    output_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    output_position: int
     finished: bool
     error: _common_pb2.ErrorDetail
     cached_tokens: int
-    def __init__(self, key: _Optional[_Union[_common_pb2.RequestKey, _Mapping]] = ..., state: _Optional[_Union[LeaseState, str]] = ..., slots: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., readable_tokens: _Optional[int] = ..., first_token: _Optional[int] = ..., finished: _Optional[bool] = ..., error: _Optional[_Union[_common_pb2.ErrorDetail, _Mapping]] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+    kv_tokens: int
+    mac: bytes
+    digests: _containers.RepeatedScalarFieldContainer[int]
+    first_digest: int
+    def __init__(self, key: _Optional[_Union[_common_pb2.RequestKey, _Mapping]] = ..., state: _Optional[_Union[LeaseState, str]] = ..., slots: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., readable_tokens: _Optional[int] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., output_position: _Optional[int] = ..., finished: _Optional[bool] = ..., error: _Optional[_Union[_common_pb2.ErrorDetail, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., mac: _Optional[bytes] = ..., digests: _Optional[_Iterable[int]] = ..., first_digest: _Optional[int] = ...) -> None: ...
