@@ -13,7 +13,13 @@ from dataclasses import replace
 
 from baton.common import metric_names as names
 from baton.common.clock import Clock
-from baton.common.errors import BatonError, Cancelled, DeadlineExceeded, InvalidRequest
+from baton.common.errors import (
+    BatonError,
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    UnknownRequest,
+)
 from baton.common.failpoints import reach
 from baton.common.ids import RouterId, WorkerIdentity
 from baton.common.messages import (
@@ -228,7 +234,10 @@ class DecodeCore:
             case Move():
                 self._moves.ask(message)
             case Stay(key):
-                self._moves.stay(key)
+                if not self._moves.stay(key):
+                    # Its target joined and was lost before the router heard of it.
+                    unknown = UnknownRequest("the request has left this worker")
+                    self._effects.record(router_id, OutputRecord(key=key, error=unknown))
             case SetDraining(draining):
                 self._intake.is_draining = draining
             case Reap(keys):
@@ -255,7 +264,7 @@ class DecodeCore:
             submit.prompt_tokens, submit.sampling, submit.tenant_key, submit.output_tokens
         )
         request = DecodeRequest.of(
-            submit, submit.job, router_id, sequence, now=now, renew_every_s=self._renew_every_s
+            submit, submit.job, router_id, sequence, now=now, claim_again_s=self._renew_every_s / 2
         )
         self._requests[submit.key] = request
         if request.owner is None:

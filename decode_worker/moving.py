@@ -66,13 +66,15 @@ class Moves:
                 continue
             self._lease(request, request.move)
 
-    def stay(self, key: RequestKey) -> None:
-        """The router's word that the move came to nothing."""
+    def stay(self, key: RequestKey) -> bool:
+        """The router's word that the move came to nothing; False: the request is not here."""
         request = self._requests.get(key)
-        if request is None or request.move is None:
-            return
-        self._owner.end(request.move.to, Cancelled("the move was called off"))
-        self._run_again(request)
+        if request is None:
+            return False
+        if request.move is not None:
+            self._owner.end(request.move.to, Cancelled("the move was called off"))
+            self._run_again(request)
+        return True
 
     def lease_ended(self, key: RequestKey, how: LeaseEnd, release: LeaseRelease | None) -> None:
         """The lease of a move ended from outside."""

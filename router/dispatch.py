@@ -261,7 +261,7 @@ class Dispatch:
         now = self._clock.monotonic()
         attempt = entry.attempt
         assert attempt is not None, "records come from attempts"
-        entry.reported(record.prefill, record.handover, by_move=attempt.source is not None)
+        entry.reported(record.prefill, record.handover)
         entry.advance(
             worker, has_tokens=bool(record.tokens), joined=record.handover is not None, now=now
         )

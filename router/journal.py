@@ -62,9 +62,8 @@ class Handling:
     prefill: WorkerIdentity | None = None
     prefill_report: PrefillReport | None = None
     handover_report: HandoverReport | None = None
-    moved_blocks: int = 0
-    moved_bytes: int = 0
-    move_transport: str = ""
+    # By the attempt that moved; a new stream tells it again.
+    moves: dict[int, HandoverReport] = field(default_factory=dict)
     forwarded_tokens: int = 0
 
 
@@ -146,21 +145,18 @@ class JournalEntry:
             return Role.PREFILL if worker == (attempt.prefill or attempt.decode) else None
         return Role.DECODE if worker == attempt.decode else None
 
-    def reported(
-        self, prefill: PrefillReport | None, handover: HandoverReport | None, *, by_move: bool
-    ) -> None:
-        """What a worker of the current attempt says of its work. `by_move`: of a moved request."""
-        handling = self.handling
+    def reported(self, prefill: PrefillReport | None, handover: HandoverReport | None) -> None:
+        """What a worker of the current attempt says of its work, perhaps once more."""
+        attempt, handling = self.attempt, self.handling
+        assert attempt is not None, "reports come from attempts"
         if prefill is not None:
             handling.prefill_report = prefill
             if self.cached_tokens is None:
                 self.cached_tokens = prefill.cached_tokens
         if handover is None:
             return
-        if by_move:
-            handling.moved_blocks += handover.pulled_blocks
-            handling.moved_bytes += handover.pulled_bytes
-            handling.move_transport = handover.transport
+        if attempt.source is not None:
+            handling.moves[attempt.key.attempt] = handover
             return
         handling.handover_report = handover
         if self.cached_tokens is None:
@@ -207,14 +203,15 @@ class JournalEntry:
         handover = handling.handover_report
         decode = attempt.decode if attempt is not None else None
         joined = handover is not None or handling.prefill is None
+        crossings = [*([] if handover is None else [handover]), *handling.moves.values()]
         return Report(
             request_id=self.spec.request_id,
             mode=Mode.LOCAL if handover is None or self._was_recomputed() else Mode.DISAGG,
             prefill_worker="" if handling.prefill is None else str(handling.prefill),
             decode_worker=str(decode) if decode is not None and joined else "",
-            kv_bytes=(handover.pulled_bytes if handover else 0) + handling.moved_bytes,
-            kv_blocks=(handover.pulled_blocks if handover else 0) + handling.moved_blocks,
-            transport=handover.transport if handover else handling.move_transport,
+            kv_bytes=sum(each.pulled_bytes for each in crossings),
+            kv_blocks=sum(each.pulled_blocks for each in crossings),
+            transport=crossings[-1].transport if crossings else "",
             ttft_s=(self.first_token_at or self.accepted_at) - self.accepted_at,
             tpot_s=self._seconds_per_token(),
             prefill_computed_tokens=self._prefill_computed_tokens(),

@@ -125,6 +125,7 @@ class Moves:
             may_move = (
                 entry.state is RequestState.DECODING
                 and entry.move is None
+                and entry.natural_end() is None
                 and len(entry.history.failed_targets) < limit
             )
             if may_move and self._assigner.begin_move(entry, now + self._timing.move_deadline_s):

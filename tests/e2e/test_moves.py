@@ -81,6 +81,18 @@ def test_a_source_that_is_told_to_stay_goes_on(tiny_llama: Path, expected: list[
     mesh.expect_rest()
 
 
+def test_a_source_that_has_let_go_says_so_when_it_is_told_to_stay(tiny_llama: Path) -> None:
+    """The target joined and was lost before its first frame: nobody would bring another token."""
+    mesh = CoreMesh(tiny_llama, decodes=(D, E))
+    key, known = running(mesh, 20)
+    mesh.move(key, PROMPT, 60, known=known)
+    while mesh.decodes[D].num_requests:
+        mesh.exchange()
+    mesh.send(D, Stay(key))
+    mesh.exchange()
+    assert mesh.errors(key) == ["unknown_request"]
+
+
 def test_a_target_that_never_comes_costs_a_term_and_no_token(
     tiny_llama: Path, expected: list[int]
 ) -> None:

@@ -68,6 +68,7 @@ def test_the_targets_first_frame_wins() -> None:
     desk.play(entry, (D1, frame(move, 3, 3, 4, 5, handover=handed)))
     assert (desk.tokens, desk.sends) == ([5], [(D0, Cancel(old.key))])
     assert (entry.attempt, entry.move) == (move.attempt, None)
+    desk.play(entry, (D1, frame(move, 5, 5, handover=handed)))
     desk.play(entry, (D0, replace(record(5, 50, 60), key=old.key)))
     assert desk.tokens == [5], "the source's are late from now on"
     assert desk.dispatch.counters == {MOVES: 1, RECORDS_LATE: 1}
@@ -79,7 +80,7 @@ def test_the_targets_first_frame_wins() -> None:
     assert report is not None
     assert (report.mode, report.attempts) == (Mode.DISAGG, 1), "a move is no further try"
     assert (report.prefill_worker, report.decode_worker) == ("p0@1", "d1@1")
-    assert report.kv_bytes == 2 * 4096
+    assert report.kv_bytes == 2 * 4096, "a report that a new stream repeats counts once"
 
 
 @pytest.mark.parametrize("how", ["error", "lost", "late"])
@@ -130,6 +131,17 @@ def test_what_has_not_joined_yet_goes_on_and_moves_then() -> None:
     desk.play(entry, (D0, join()))
     desk.drain(D0)
     assert entry.move is not None
+
+
+def test_a_whole_answer_moves_nowhere() -> None:
+    """Its finish is on its way."""
+    desk = Desk(P0, D0)
+    entry = running(desk, max_tokens=3)
+    desk.join(D1)
+    desk.drain(D0)
+    assert entry.move is None
+    desk.play(entry, (D0, record(3, finish=FinishReason.LENGTH)))
+    assert desk.last.finish is FinishReason.LENGTH
 
 
 def test_without_a_target_nothing_moves() -> None:

@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.control_streams import IDENTITY, key_of, submit_of
 
@@ -137,6 +137,7 @@ actions = st.one_of(
 )
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.lists(actions, max_size=40))
 def test_every_message_arrives_over_however_many_streams(script: list[RouterMessage | str]) -> None:
     """Each submit once, unless it was withdrawn; others at least once, in order."""

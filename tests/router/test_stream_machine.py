@@ -47,6 +47,7 @@ FAILURES = (
     WorkerLost,
 )
 NAMES = ("p0", "p1", "d0", "d1", "d2")
+MAX_LENGTH = 40
 # Of a settled cluster: more than all deadlines that lie on the way to an end.
 SETTLE_ROUNDS = 60
 
@@ -96,14 +97,16 @@ class StreamMachine(RuleBasedStateMachine):
     def begin(self) -> None:
         for name in NAMES:
             self._start(name)
-        for length in (1, 12, 40):
+        for length in (1, 12, MAX_LENGTH):
             self._request(length, stops=False, timeout_s=1e6)
 
     # --- clients ---
 
     @precondition(lambda self: len(self.clients) < 12)
     @rule(
-        length=st.integers(1, 40), stops=st.booleans(), timeout_s=st.sampled_from([3.0, 1e5, 1e6])
+        length=st.integers(1, MAX_LENGTH),
+        stops=st.booleans(),
+        timeout_s=st.sampled_from([3.0, 1e5, 1e6]),
     )
     def request(self, length: int, stops: bool, timeout_s: float) -> None:
         self._request(length, stops=stops, timeout_s=timeout_s)
@@ -221,6 +224,17 @@ class StreamMachine(RuleBasedStateMachine):
         self._flow()
         if was_gone:
             self._expect_no_gap(set())
+
+    @precondition(lambda self: any(worker.is_attached for worker in self._movable()))
+    @rule(data=st.data())
+    def lose_the_last_word(self, data: st.DataObject) -> None:
+        """A request ends, and its stream breaks between its last token and its finish."""
+        worker = data.draw(st.sampled_from([w for w in self._movable() if w.is_attached]))
+        running = [key for key, job in worker.jobs.items() if job.state is JobState.RUNNING]
+        worker.work(running[0], MAX_LENGTH, splits_finish=True)
+        while len(worker.outbox) > 1:
+            self._arrive(worker)
+        worker.attach_again(self.dispatch.live_on(worker.identity))
 
     @precondition(lambda self: self._jobs())
     @rule(data=st.data(), kind=st.sampled_from(FAILURES))

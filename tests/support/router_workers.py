@@ -52,7 +52,7 @@ class Job:
         return self.submit.key
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class PaperWorker:
     """One life of a worker. `peers` are all that live, itself included."""
 
@@ -67,6 +67,9 @@ class PaperWorker:
     ended: set[RequestKey] = field(default_factory=set)
     # Every key that it was ever told of.
     seen: list[RequestKey] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"worker {self.identity}"
 
     # --- the router's messages ---
 
