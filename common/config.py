@@ -109,8 +109,10 @@ class WorkerConfig(ClusterConfig):
         "auto", description="auto, or dummy for seeded random weights"
     )
     num_threads: int | None = Field(None, ge=1, description="torch threads")
-    device: Literal["cpu", "cuda"] = Field(
-        "cpu", description="where the KV arena lies; cuda is for the oracle model so far"
+    device: str = Field(
+        "cpu",
+        pattern=r"^(cpu|cuda(:\d+)?)$",
+        description="where the KV arena lies: cpu, cuda or cuda:N (the oracle model only, so far)",
     )
     kv_digest: bool = Field(
         False, description="digest every KV block, to find flipped bits as well as reused slots"

@@ -189,7 +189,9 @@ class Handovers:
             assert request.owner is not None, "only what is handed over has not joined"
             request.renew_at = now + self._timing.renew_every_s
             if request.state is DecodeState.CLAIMING:
-                # The owner may have heard the first claim long before the request.
+                # The owner may have opened the lease and nobody heard of it: its first term is
+                # as short as the time between two renewals.
+                request.renew_at = now + self._timing.renew_every_s / 2
                 self._claim(request, request.owner)
             else:
                 renewals.setdefault(request.owner, []).append(request.key)
@@ -323,7 +325,7 @@ class Handovers:
             assert pull is not None, "a pulling request has its pull"
             assert status is not None, "a pulling request has its status"
             pull.post(self._readable_blocks(status), now=now)
-            if not pull.is_complete:
+            if pull.is_reading:
                 reach("d.mid_pull")
             pull.poll(now=now)
             if pull.error is not None:

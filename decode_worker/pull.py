@@ -51,6 +51,11 @@ class Pull:
         """Every block is here and has passed its fence."""
         return self.error is None and self._cursor == len(self._handles) and not self._open
 
+    @property
+    def is_reading(self) -> bool:
+        """A read is posted, and nobody has seen its end."""
+        return bool(self._open)
+
     def post(self, readable_blocks: int, *, now: float) -> None:
         """Start reading what was announced up to `readable_blocks` and is not started yet."""
         while self.error is None and self._cursor < readable_blocks:

@@ -73,7 +73,7 @@ class DecodeRequest:
         sequence: Sequence,
         *,
         now: float,
-        renew_every_s: float,
+        claim_again_s: float,
     ) -> Self:
         """The request that a submit asks for, before anything was done for it."""
         return cls(
@@ -87,7 +87,7 @@ class DecodeRequest:
             submitted_at=now,
             accepted_at=now - submit.age_s,
             deadline=now + submit.time_left_s,
-            renew_at=now + renew_every_s,
+            renew_at=now + claim_again_s,
             num_submitted=len(submit.output_tokens),
             state=DecodeState.WAITING if job.owner is None else DecodeState.CLAIMING,
         )

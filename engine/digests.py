@@ -78,9 +78,14 @@ class DigestTable:
     def _compute(self, index: Int64s) -> Int64s:
         if not index.size:
             return index
-        arena = self._arena.tensor
-        digest = block_digest_triton if arena.is_cuda else block_digest
-        found: Int64s = digest(arena, torch.from_numpy(index).to(arena.device)).cpu().numpy()
+        arena, slots = self._arena.tensor, torch.from_numpy(index)
+        if arena.is_cuda:
+            # A kernel runs on the current device, whatever its arguments lie on.
+            with torch.cuda.device(arena.device):
+                digests = block_digest_triton(arena, slots.to(arena.device))
+        else:
+            digests = block_digest(arena, slots)
+        found: Int64s = digests.cpu().numpy()
         return found
 
     def _store(self, index: Int64s, digests: Int64s) -> None:

@@ -120,15 +120,14 @@ class LinkClient:
         owner: WorkerIdentity,
         call: grpc.aio.StreamStreamCall[pb.LinkRequest, pb.LinkResponse],
     ) -> None:
-        responses = aiter(call)
+        # Not `aiter(call)`: what that leaves behind keeps the call, and with it the connection.
         async with asyncio.timeout(CONNECT_DEADLINE_S):
-            try:
-                hello = await anext(responses)
-            except StopAsyncIteration as end:
-                raise PeerLost(f"{owner} closed the link before its hello") from end
+            hello = await call.read()
+            if not isinstance(hello, pb.LinkResponse):
+                raise PeerLost(f"{owner} closed the link before its hello")
             peer = await self._connect(owner, hello)
         self._post(PeerConnected(owner, peer))
-        async for response in responses:
+        while isinstance(response := await call.read(), pb.LinkResponse):
             if response.HasField("status"):
                 self._post(FromOwner(owner, status_from_pb(response.status)))
             elif response.HasField("refusal"):

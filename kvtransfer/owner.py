@@ -262,6 +262,8 @@ class LeaseOwner:
             self._claimed_of_nobody(reader, claim)
         elif self._is_granted(offer, reader, claim.mac):
             offer.is_claimed = True
+            # A reader that still connects to the fabric claims and does not know what to renew.
+            self._ledger.renew(claim.key, reader, now=self._clock.monotonic())
             self._tell(offer, with_handles=True)
         else:
             log.warning("%s claims lease %s without its grant", reader, claim.key)

@@ -160,11 +160,24 @@ def test_a_renewal_of_what_is_not_known_yet_is_never_answered_gone(desk: Desk) -
     assert desk.states() == [LeaseState.NOT_YET, LeaseState.NOT_YET]
 
 
+def test_a_claim_renews_what_is_open(desk: Desk) -> None:
+    """A reader that takes long to connect cannot read what it is told, and must not lose it."""
+    desk.offer()
+    desk.open()
+    for _ in range(3):
+        desk.wait(DEFAULT_TIMING.lease_first_term_s - 1)
+        desk.claim()
+    assert desk.ended == []
+    desk.claim(mac=b"forged")
+    desk.wait(DEFAULT_TIMING.lease_term_s)
+    assert [how for _, how, _ in desk.ended] == [LeaseEnd.EXPIRED]
+
+
 def test_a_renewal_is_answered_with_no_handles(desk: Desk) -> None:
     desk.offer()
     desk.open()
     desk.claim()
-    desk.wait(DEFAULT_TIMING.lease_first_term_s)
+    desk.wait(DEFAULT_TIMING.lease_term_s)
     desk.hear(LeaseRenew((KEY,)))
     assert (desk.last.state, desk.last.slots) == (LeaseState.ENDED, ())
 
@@ -211,7 +224,7 @@ def test_expiry_and_a_lost_link_are_counted_apart(desk: Desk) -> None:
     desk.offer()
     desk.open()
     desk.claim()
-    desk.wait(DEFAULT_TIMING.lease_first_term_s)
+    desk.wait(DEFAULT_TIMING.lease_term_s)
     assert [how for _, how, _ in desk.ended] == [LeaseEnd.EXPIRED]
     assert desk.last.state is LeaseState.ENDED
     counters = desk.owner.counters
