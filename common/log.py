@@ -50,6 +50,14 @@ def check_level(level: str) -> str:
     return name
 
 
+def is_no_stray_memory(record: logging.LogRecord) -> bool:
+    """False for gRPC's complaint that the text of an error is no UTF-8, with that text.
+
+    Without free file descriptors it ends in whatever memory held before, prompts not excluded.
+    """
+    return not (record.name.startswith("grpc.") and str(record.msg).startswith("Invalid encoding"))
+
+
 def set_up_logging(level: str, part: str, stream: TextIO | None = None) -> None:
     """Send the records of this process to `stream` (stderr); raises ConfigError for the level.
 
@@ -58,10 +66,19 @@ def set_up_logging(level: str, part: str, stream: TextIO | None = None) -> None:
     name = check_level(level)
     handler = logging.StreamHandler(stream if stream is not None else sys.stderr)
     handler.setFormatter(LineFormatter(part))
+    handler.addFilter(_is_news)
+    handler.addFilter(is_no_stray_memory)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(name if name == "ERROR" else "WARNING")
     logging.getLogger("baton").setLevel(name)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """gRPC logs a traceback for each peer that hangs up during a write: what it means is logged
+    where the stream ends."""
+    kind = record.exc_info[0] if record.exc_info else None
+    return kind is None or kind.__name__ != "ExecuteBatchError"
 
 
 def _quoted(value: str) -> str:

@@ -1,7 +1,7 @@
 """Submits in parts: what goes in comes out, and nobody can make the other side hold much."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.wire import keys
 
@@ -68,6 +68,7 @@ def test_a_small_submit_travels_whole() -> None:
     assert submit_from_pb(frame.submit) == submit
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.integers(22_000, 150_000))
 def test_a_large_submit_travels_in_frames_and_comes_out_the_same(num_tokens: int) -> None:
     submit = submit_of(num_tokens)
@@ -155,6 +156,7 @@ def test_what_is_unfinished_is_bounded_in_bytes_and_in_number() -> None:
         many.add(key_of(SubmitAssembly.MAX_OPEN), b"x", is_last=False)
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(keys, st.binary(max_size=50), st.booleans()), max_size=60))
 def test_no_sequence_of_parts_leaves_bytes_without_an_open_submit(
     parts: list[tuple[RequestKey, bytes, bool]],

@@ -70,3 +70,30 @@ def test_levels() -> None:
     assert messages == ["ours", "trouble"]
     with pytest.raises(ConfigError, match="loud"):
         set_up_logging("loud", "p0")
+
+
+@pytest.mark.usefixtures("kept_logging")
+def test_memory_that_grpc_takes_for_text_is_not_logged() -> None:
+    stream = io.StringIO()
+    set_up_logging("INFO", "d0", stream)
+    library = logging.getLogger("grpc._cython.cygrpc")
+    # As seen when a process has no file descriptor left.
+    library.error("Invalid encoding on %s", b"Too many open files\n\x00\x90prompt")
+    library.error("a servicer failed")
+    assert [line.rpartition("msg=")[2] for line in stream.getvalue().splitlines()] == [
+        '"a servicer failed"'
+    ]
+
+
+@pytest.mark.usefixtures("kept_logging")
+def test_a_peer_that_hangs_up_during_a_write_is_no_traceback() -> None:
+    class ExecuteBatchError(Exception):
+        pass
+
+    stream = io.StringIO()
+    set_up_logging("INFO", "d0", stream)
+    library = logging.getLogger("grpc._cython.cygrpc")
+    for error in (ExecuteBatchError("closed"), ValueError("a bug")):
+        library.error("a stream failed", exc_info=error)
+    assert stream.getvalue().count("a stream failed") == 1
+    assert "ValueError: a bug" in stream.getvalue()

@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.control_streams import key_of
 
@@ -53,6 +53,7 @@ async def test_steps_that_wait_share_a_frame() -> None:
     assert [record_from_pb(wire) for wire in frame.records] == [r for step in steps for r in step]
 
 
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(
         st.one_of(
