@@ -370,11 +370,10 @@ class DecodeCore:
         if request.has_joined:
             self._engine.kv.publish(sequence, sequence.num_computed)
         self._engine.kv.release(sequence)
-        if error is None:
-            return
-        self._counters[names.WASTED_ENGINE_MS] += round(1000 * request.engine_s)
-        if not isinstance(error, Cancelled):
-            self._effects.record(request.router_id, OutputRecord(key=request.key, error=error))
+        if error is not None:
+            self._counters[names.WASTED_ENGINE_MS] += round(1000 * request.engine_s)
+            if not isinstance(error, Cancelled):
+                self._effects.record(request.router_id, OutputRecord(key=request.key, error=error))
 
     def _load(self, now: float) -> LoadReport:
         reads = self.handovers.reads

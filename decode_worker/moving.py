@@ -44,7 +44,8 @@ class Moves:
         self._integrity = integrity
         self._end = end
         self._moving: dict[RequestKey, DecodeRequest] = {}
-        self._asked: list[DecodeRequest] = []
+        # Moves that begin at the next step boundary.
+        self._asked: dict[RequestKey, DecodeRequest] = {}
         self.counters: Counter[str] = Counter()
 
     def ask(self, move: Move) -> None:
@@ -54,17 +55,18 @@ class Moves:
             log.info("no move of %s: it does not run here", move.key)
             return
         request.move = move
-        self._asked.append(request)
+        self._asked[request.key] = request
 
     def begin(self) -> None:
         """At a step boundary: stop what was asked for, and lease it."""
-        asked, self._asked = self._asked, []
-        for request in asked:
-            if request.move is None or request.state is not DecodeState.RUNNING:
-                # It ended, was preempted or told to stay meanwhile.
+        asked, self._asked = self._asked, {}
+        for request in asked.values():
+            assert request.move is not None, "what ended or stays was taken off the list"
+            if request.state is DecodeState.RUNNING:
+                self._lease(request, request.move)
+            else:
+                # Preempted meanwhile: it holds nothing that could be pulled.
                 request.move = None
-                continue
-            self._lease(request, request.move)
 
     def stay(self, key: RequestKey) -> bool:
         """The router's word that the move came to nothing; False: the request is not here."""
@@ -90,6 +92,7 @@ class Moves:
 
     def forget(self, request: DecodeRequest) -> None:
         """The request is over here: nothing of it can be pulled any more. Idempotent."""
+        self._asked.pop(request.key, None)
         if request.move is not None:
             self._moving.pop(request.move.to, None)
             self._owner.end(request.move.to, Cancelled("the request ended on its source"))
@@ -123,6 +126,7 @@ class Moves:
 
     def _run_again(self, request: DecodeRequest) -> None:
         assert request.move is not None, "only what moves can come back"
+        self._asked.pop(request.key, None)
         self._moving.pop(request.move.to, None)
         request.move = None
         if request.state is DecodeState.MOVING:

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from support.core_mesh import CoreMesh, D, E
+from support.core_mesh import GRANT, CoreMesh, D, E
 from support.oracle import Oracle
 
 from baton.common import metric_names as names
 from baton.common.ids import RequestKey
-from baton.common.messages import Cancel, Stay
+from baton.common.messages import Cancel, DecodeJob, Move, Stay
 from baton.common.timing import DEFAULT_TIMING
 from baton.kvtransfer.events import LinkClosed
 
@@ -78,6 +78,28 @@ def test_a_source_that_is_told_to_stay_goes_on(tiny_llama: Path, expected: list[
     mesh.send(D, Stay(key))
     mesh.advance(10)
     assert mesh.tokens(key) == expected
+    mesh.expect_rest()
+
+
+def test_a_move_asked_for_anew_before_it_began_is_one_move(
+    tiny_llama: Path, expected: list[int]
+) -> None:
+    """The first is called off at once; what it left behind must not undo the second."""
+    mesh = CoreMesh(tiny_llama, decodes=(D, E))
+    key, known = running(mesh, 20)
+    called_off = RequestKey(key.transfer_id, 2)
+    to = RequestKey(key.transfer_id, 3)
+    mesh.send(D, Move(key, called_off, E, GRANT))
+    mesh.send(D, Stay(key))
+    mesh.send(E, mesh.job(to, PROMPT, 60, DecodeJob(D, "nowhere", GRANT), output=known))
+    mesh.send(D, Move(key, to, E, GRANT))
+    mesh.decodes[D].step()
+    mesh.deliver(D)
+    mesh.send(D, Cancel(key))
+    mesh.advance(8)
+    assert mesh.errors(key) == []
+    assert mesh.errors(to) == ["lease_lost"], "its source was cancelled"
+    assert expected[: len(known)] == known
     mesh.expect_rest()
 
 
