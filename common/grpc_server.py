@@ -57,7 +57,11 @@ class CatchAll(grpc.aio.ServerInterceptor):
 
 
 class Undecodable:
-    """Stands for a request that is no valid protobuf, so that the handler's guard can refuse it."""
+    """Stands for a request that could not be decoded, so that the handler's guard can refuse it."""
+
+    def __init__(self, error: Exception) -> None:
+        # protobuf has one error for both, and says which in its text.
+        self.lacks_memory = isinstance(error, MemoryError) or "alloc failed" in str(error)
 
 
 def _guard_decode(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
@@ -68,14 +72,18 @@ def _guard_decode(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], An
         try:
             return decode(data)
         # protobuf's DecodeError derives from Exception alone; the library would answer UNKNOWN.
-        except Exception:
-            log.info("refused a request of %d bytes that is no valid protobuf", len(data))
-            return Undecodable()
+        except Exception as error:
+            refused = Undecodable(error)
+            why = "for which there is no memory" if refused.lacks_memory else "that is no protobuf"
+            log.info("refused a request of %d bytes %s", len(data), why)
+            return refused
 
     return guarded
 
 
 async def _refuse_undecodable(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    if isinstance(request, Undecodable) and request.lacks_memory:
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "no memory for the request; try again")
     if isinstance(request, Undecodable):
         await context.abort(
             grpc.StatusCode.INVALID_ARGUMENT, "the request is not a valid protobuf message"

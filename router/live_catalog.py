@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from baton.common.clock import Clock
-from baton.common.errors import ModelError
+from baton.common.errors import ModelError, NoWorker
 from baton.common.messages import ModelInfo
 from baton.common.sampling import Role
 from baton.router.catalog import choose_model
@@ -38,7 +38,13 @@ class LiveCatalog:
         return sorted(self._by_name().values(), key=lambda model: model.name)
 
     def get(self, name: str) -> ServedModel:
-        return choose_model(self._by_name(), name)
+        """As `choose_model`; NoWorker for what was served before, or while nothing is served."""
+        live = self._by_name()
+        was_served = any(name == known for known, _ in self._loaded)
+        if not live or (name not in live and was_served):
+            # A model that is asked for again in a moment does exist.
+            raise NoWorker("no worker serves the model now", retry_after_s=1.0)
+        return choose_model(live, name)
 
     def stop_serving(self) -> None:
         """Be not ready from now on: whoever balances load looks elsewhere."""

@@ -21,7 +21,14 @@ class Integrity:
     def __init__(self, engine: Engine) -> None:
         self._table = engine.digests
         self._prefix = engine.prefix
-        self.counters: Counter[str] = Counter()
+        self._kv = engine.kv
+        # Found by a peer or in what a peer sent; what the cache's own check finds, it counts.
+        self._num_damaged = 0
+
+    @property
+    def counters(self) -> Counter[str]:
+        found = self._num_damaged + self._kv.num_digest_mismatches
+        return Counter({names.DIGEST_MISMATCHES: found})
 
     def digests(self, slots: Sequence[Slot]) -> list[int]:
         """What to tell of blocks whose bytes are final: one digest each, or nothing."""
@@ -48,5 +55,5 @@ class Integrity:
     def drop(self, key: RequestKey, slots: Sequence[Slot]) -> None:
         """Take damaged blocks, and all that was computed behind them, out of the cache."""
         num_dropped = self._prefix.drop(slots)
-        self.counters[names.DIGEST_MISMATCHES] += len(slots)
+        self._num_damaged += len(slots)
         log.error("%s: %d damaged KV blocks, %d dropped", key, len(slots), num_dropped)

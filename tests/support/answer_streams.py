@@ -50,7 +50,7 @@ class GrpcAnswer:
             ),
         )
         answer = cls(f"127.0.0.1:{cluster.router.grpc_port}", request)
-        await answer._call.wait_for_connection()
+        await answer._channel.channel_ready()
         return answer
 
     async def read(self) -> bytes | None:

@@ -157,10 +157,11 @@ class FaultyReader:
                 return
             assert read.state is not ReadState.PENDING, "released only once it has ended"
             # A real read that is still out is kept until it lands or the reader is closed.
-            if not faulty.is_out:
+            if not faulty.is_out and faulty.inner is not None:
+                self.inner.release(faulty.inner)
+            # What may still write, for all its reader was told, is ended by the close.
+            if not faulty.is_out and not read.may_write:
                 del self._faulty[read]
-                if faulty.inner is not None:
-                    self.inner.release(faulty.inner)
 
     def close(self) -> None:
         with self._script.lock:

@@ -13,7 +13,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Collection, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from support.history import History, Oracle, RequestLog
 from support.processes import ProcessCluster, ServedProcess
@@ -36,10 +36,15 @@ def prompt_of(length: int, source: random.Random) -> list[int]:
 
 
 def oracle_of(num_words: int = 8) -> Oracle:
-    """The answers of an oracle model whose KV of a token is so many 8-byte words."""
+    """The answers of an oracle model whose KV of a token is so many 8-byte words.
+
+    Of a request that ended with an error one token more than it got, for that is all that counts.
+    """
 
     def oracle(log: RequestLog) -> list[int]:
-        return oracle_answer(log.prompt, log.max_tokens, VOCAB, num_words=num_words)
+        has_failed = any(end.error is not None for end in log.ends)
+        length = min(log.max_tokens, len(log.tokens) + 1) if has_failed else log.max_tokens
+        return oracle_answer(log.prompt, length, VOCAB, num_words=num_words)
 
     return oracle
 
@@ -47,12 +52,16 @@ def oracle_of(num_words: int = 8) -> Oracle:
 class Trials:
     """Many tests on one cluster of the oracle model, one after the other.
 
-    `num_words`: what the model keeps of a token, in 8-byte words.
+    `num_words`: what the model keeps of a token, in 8-byte words. `scratch_bytes`: what a step
+    needs beside the arena, of which allocators keep now more, now less.
     """
 
-    def __init__(self, cluster: ProcessCluster, *, num_words: int = 8) -> None:
+    def __init__(
+        self, cluster: ProcessCluster, *, num_words: int = 8, scratch_bytes: int = 0
+    ) -> None:
         self.cluster = cluster
         self._oracle = oracle_of(num_words)
+        self._scratch_bytes = scratch_bytes
         # Of a warm life by name: what a later life must come back to.
         self._warm: dict[str, Usage] = {}
 
@@ -62,12 +71,14 @@ class Trials:
         history = History()
         prompts = [prompt_of(prompt_len, source) for _ in range(num_requests)]
         await asyncio.gather(
-            *(ask(self.cluster, history, prompt, max_tokens=8) for prompt in prompts)
+            *(ask(self.cluster, history, prompt, max_tokens=4) for prompt in prompts)
         )
         history.check(self._oracle)
         await self.cluster.expect_rest()
         usage = self.cluster.usage()
-        self._warm = {one.name: usage[one.pid] for one in self.cluster.processes}
+        for process in self.cluster.processes:
+            warm = usage[process.pid]
+            self._warm[process.name] = replace(warm, rss_bytes=warm.rss_bytes + self._scratch_bytes)
 
     @asynccontextmanager
     async def one(
@@ -75,6 +86,13 @@ class Trials:
     ) -> AsyncIterator[History]:
         """G1 to G8 of everything that is asked inside; processes that have ended are let be."""
         cluster = self.cluster
+        for process in cluster.processes:
+            # As a test that failed may have left it.
+            process.disarm_all()
+            if process.is_alive:
+                process.thaw()
+            else:
+                await cluster.restart(process.name)
         await cluster.wait_until_attached()
         await expect_rest(cluster.admin)
         history = History()
@@ -133,14 +151,8 @@ def ask(
     return asyncio.create_task(asked.run(deadline_s=deadline_s), name=name)
 
 
-async def first_at(processes: Iterable[ServedProcess], place: str, order: str) -> ServedProcess:
-    """Arm `place` in all of them; the one that comes there first, and the others are disarmed."""
-    for process in processes:
-        process.arm(place, order)
-    return await who_is_at(processes, place)
-
-
 async def who_is_at(processes: Iterable[ServedProcess], place: str) -> ServedProcess:
+    """All of them are armed; the one that comes there first, and the others are disarmed."""
     found: list[ServedProcess] = []
 
     async def missing() -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from support.command import BATON, environment
+from support.devices import device_of
 from support.history import History, RequestLog
 from support.rest_checks import Usage, expect_clean, expect_rest, usage
 from support.waiting import eventually
@@ -338,7 +339,7 @@ async def run_processes(
     workers = {**WORKER_FLAGS, **shared, **worker_flags}
 
     def worker(name: str, role: str) -> ServedProcess:
-        flags = to_arguments({**workers, "worker_id": name})
+        flags = to_arguments({**workers, "worker_id": name, "device": device_of(role)})
         return ServedProcess(name, role, [*BATON, "serve", role, str(model), *flags], folder)
 
     flags = to_arguments({"log_level": "INFO", **shared, **(router_flags or {})})

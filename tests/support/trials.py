@@ -136,7 +136,14 @@ class Trial:
         except BatonError as error:
             log.failed(error)
             return log
-        await log.follow(self._noted(log, stream))
+        try:
+            await log.follow(self._noted(log, stream))
+        except asyncio.CancelledError:
+            log.cancelled()
+            raise
+        finally:
+            # As both fronts do: a client that goes away takes its request along.
+            await stream.aclose()
         return log
 
     def begin(
