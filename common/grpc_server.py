@@ -93,6 +93,9 @@ async def _refuse_undecodable(request: Any, context: grpc.aio.ServicerContext[An
 async def _abort(
     error: Exception, method: str, context: grpc.aio.ServicerContext[Any, Any]
 ) -> None:
+    if type(error).__name__ == "ExecuteBatchError":
+        # gRPC has no public name for it: the client has gone, and nobody can be told anything.
+        raise error
     if isinstance(error, BatonError):
         await context.abort(status_of(error).grpc, error.message)
     log.error("%s failed", method, exc_info=error)

@@ -44,7 +44,7 @@ class Moves:
         self._integrity = integrity
         self._end = end
         self._moving: dict[RequestKey, DecodeRequest] = {}
-        # Moves that begin at the next step boundary.
+        # Moves that begin at a step boundary.
         self._asked: dict[RequestKey, DecodeRequest] = {}
         self.counters: Counter[str] = Counter()
 
@@ -62,11 +62,14 @@ class Moves:
         asked, self._asked = self._asked, {}
         for request in asked.values():
             assert request.move is not None, "what ended or stays was taken off the list"
-            if request.state is DecodeState.RUNNING:
-                self._lease(request, request.move)
-            else:
+            if request.state is not DecodeState.RUNNING:
                 # Preempted meanwhile: it holds nothing that could be pulled.
                 request.move = None
+            elif request.sequence.num_pending > 1:
+                # Computed again after a preemption: it goes once only its newest token is left.
+                self._asked[request.key] = request
+            else:
+                self._lease(request, request.move)
 
     def stay(self, key: RequestKey) -> bool:
         """The router's word that the move came to nothing; False: the request is not here."""

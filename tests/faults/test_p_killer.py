@@ -113,6 +113,9 @@ def note_figures(story: Story, total_s: float, figure: Figure, name: str) -> Non
     recoveries = sum(asked.report.attempts - 1 for asked in story.answers)
     figure(f"{name}: recoveries", recoveries, "recoveries")
     figure(f"{name}: longest gap in a stream", max(log.longest_gap_s for log in logs), "s")
+    recovered = [each.log for each in story.answers if each.report.attempts > 1]
+    gap_s = max((log.longest_gap_s for log in recovered), default=0.0)
+    figure(f"{name}: longest gap in a recovered stream", gap_s, "s")
     figure(f"{name}: median time of a request", cuts[49], "s")
     figure(f"{name}: 99th percentile", cuts[98], "s")
     figure(f"{name}: in all", total_s, "s")

@@ -30,7 +30,7 @@ def test_the_connections_of_two_processes_are_found_and_reset() -> None:
         )
         assert child.stdout is not None
         connection, (_, remote) = server.accept()
-        with connection, child:
+        with child, connection:
             assert child.stdout.readline() == "connected\n"
             found = tcp_sockets.between(child.pid, os.getpid())
             assert found == {(remote, port)}

@@ -109,6 +109,13 @@ class LeaseMachine(RuleBasedStateMachine):
             self.world.end_step(awake)
             self.world.step(awake)
 
+    @rule(link=links, rounds=st.integers(2, 8))
+    def owner_goes_its_way(self, link: tuple[str, str], rounds: int) -> None:
+        """Its leases end unheard and its slots change hands; then its reader gets on alone."""
+        self.time_passes_for_one(TIMING.lease_term_s, link[1])
+        for _ in range(rounds):
+            self._round(0.05, deaf={link})
+
     @rule(what=st.sampled_from(["step", "end step", "end reads", "control"]), worker=workers)
     def one_thing(self, what: str, worker: str) -> None:
         {
@@ -214,7 +221,7 @@ def test_the_lease_protocol_in_any_order(machine: type[LeaseMachine]) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=60,
+            max_examples=100,
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),

@@ -13,7 +13,11 @@ def ports(pid: int) -> set[tuple[int, int]]:
     proc = Path(f"/proc/{pid}")
     open_inodes = set()
     for entry in os.listdir(proc / "fd"):
-        found = re.fullmatch(r"socket:\[(\d+)\]", os.readlink(proc / "fd" / entry))
+        try:
+            found = re.fullmatch(r"socket:\[(\d+)\]", os.readlink(proc / "fd" / entry))
+        except FileNotFoundError:
+            # Closed meanwhile.
+            continue
         if found is not None:
             open_inodes.add(found[1])
     connected = set()

@@ -212,7 +212,9 @@ async def trial(
         run = Trial(cluster, stack)
         yield run
         run.history.check(oracle, allowed)
-        assert cluster.router.dispatch.num_requests == 0, "the router keeps a request"
+        await until(
+            lambda: cluster.router.dispatch.num_requests == 0, "the router keeps a request", 5.0
+        )
         await expect_rest_inside(cluster)
     await _expect_nothing_kept(before)
 
