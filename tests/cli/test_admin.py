@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from baton.client.admin import AdminClient
 from baton.client.client import BatonClient
 from baton.client.replies import Lease
 from baton.common.errors import InvalidRequest, UnknownRequest
+from baton.common.failpoints import armed
 from baton.common.ids import RequestKey, TransferId
 from baton.common.messages import PrefillJob, Submit
 from baton.common.metric_names import KV_BYTES_PULLED, LEASES_REAPED, MOVED_OUT
@@ -216,13 +218,15 @@ async def test_a_drain_with_nowhere_to_go_is_waited_for_until_its_time_is_up(
         async def missing() -> str:
             return "" if log.tokens else "no tokens"
 
-        await eventually(missing, "the request")
         name = str(cluster.decodes[0].identity)
-        late = await admin(cluster, "workers", "drain", "d0", "--timeout", "2")
+        # However fast the machine is, the request outlasts the drain.
+        with armed("d.after_emit", lambda: Event().wait(0.01)):
+            await eventually(missing, "the request")
+            late = await admin(cluster, "workers", "drain", "d0", "--timeout", "3")
         assert (late.returncode, late.stdout) == (1, "")
         *progress, error = late.stderr.splitlines()
         assert f"{name} is draining: 1 request left" in progress
-        assert f"{name} is not drained after 2 s (1 request left)" in error
+        assert f"{name} is not drained after 3 s (1 request left)" in error
         assert (await admin(cluster, "workers", "resume", "d0")).returncode == 0
         await asking
         history.check(oracle)
