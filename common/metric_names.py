@@ -27,7 +27,8 @@ HANDLES_REFUSED: Final = "lease_handles_refused_total"
 # Both.
 PREEMPTIONS: Final = "preemptions_total"
 WASTED_ENGINE_MS: Final = "wasted_engine_milliseconds_total"
-MOVED_OUT: Final = "requests_moved_out_total"
+# Counted where a move ends: its source may hear of the end by a cancel.
+MOVED_IN: Final = "requests_moved_in_total"
 KV_BYTES_PULLED: Final = "kv_bytes_pulled_total"
 
 # Router.

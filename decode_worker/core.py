@@ -387,7 +387,6 @@ class DecodeCore:
                 self._counters,
                 self._owner.counters,
                 self.handovers.counters,
-                self._moves.counters,
                 self._integrity.counters,
             ),
         )

@@ -369,6 +369,7 @@ class Handovers:
     def _join(self, request: DecodeRequest, pull: Pull, status: LeaseStatus, now: float) -> None:
         """All bytes are those of the handles: the lease ends and the sequence runs."""
         is_move = request.num_submitted > status.output_position
+        self.counters[names.MOVED_IN] += is_move
         reach("move.before_join" if is_move else "d.before_join")
         sequence = request.sequence
         assert len(sequence.tokens) == status.kv_tokens + 1, "the newest token was not fed"

@@ -6,10 +6,8 @@ the router says stay, the sequence runs again, as if nothing had been.
 """
 
 import logging
-from collections import Counter
 from collections.abc import Callable
 
-from baton.common import metric_names as names
 from baton.common.errors import BatonError, Cancelled
 from baton.common.failpoints import reach
 from baton.common.ids import RequestKey
@@ -46,7 +44,6 @@ class Moves:
         self._moving: dict[RequestKey, DecodeRequest] = {}
         # Moves that begin at a step boundary.
         self._asked: dict[RequestKey, DecodeRequest] = {}
-        self.counters: Counter[str] = Counter()
 
     def ask(self, move: Move) -> None:
         """The router wants the request elsewhere. What does not run here cannot be moved."""
@@ -87,7 +84,6 @@ class Moves:
         if release is not None and release.bad_slots:
             self._integrity.drop(request.key, release.bad_slots)
         if how is LeaseEnd.JOINED:
-            self.counters[names.MOVED_OUT] += 1
             self._end(request, None)
         else:
             log.info("the move of %s ended: %s", request.key, how.value)

@@ -93,7 +93,7 @@ MIN_COUNTS = {
     names.RECOVERIES: 500,
     names.MOVES: 40,
     names.MOVES_FAILED: 15,
-    names.MOVED_OUT: 20,
+    names.MOVED_IN: 20,
     "preemptions": 150,
     names.FENCE_FAILURES: 30,
     names.LEASES_EXPIRED: 20,
