@@ -21,6 +21,7 @@ from baton.common.status import status_of
 log = logging.getLogger(__name__)
 
 _HIDDEN = "internal error; the server's log has the details"
+_NO_MEMORY = "no memory for the request; try again"
 
 
 class CatchAll(grpc.aio.ServerInterceptor):
@@ -83,7 +84,7 @@ def _guard_decode(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], An
 
 async def _refuse_undecodable(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
     if isinstance(request, Undecodable) and request.lacks_memory:
-        await context.abort(grpc.StatusCode.UNAVAILABLE, "no memory for the request; try again")
+        await context.abort(grpc.StatusCode.UNAVAILABLE, _NO_MEMORY)
     if isinstance(request, Undecodable):
         await context.abort(
             grpc.StatusCode.INVALID_ARGUMENT, "the request is not a valid protobuf message"
@@ -98,6 +99,9 @@ async def _abort(
         raise error
     if isinstance(error, BatonError):
         await context.abort(status_of(error).grpc, error.message)
+    if isinstance(error, MemoryError):
+        log.error("no memory for %s", method)
+        await context.abort(grpc.StatusCode.UNAVAILABLE, _NO_MEMORY)
     log.error("%s failed", method, exc_info=error)
     await context.abort(grpc.StatusCode.INTERNAL, _HIDDEN)
 

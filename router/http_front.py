@@ -21,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from baton.common.clock import Clock, SystemClock
-from baton.common.errors import BatonError, InternalError
+from baton.common.errors import BatonError, InternalError, NoCapacity
 from baton.common.status import status_of
 from baton.router.answer import open_answer
 from baton.router.catalog import Catalog
@@ -107,6 +107,9 @@ class _Generation:
             await reply.fail(error)
         except HTTPException as error:
             await reply.whole(error.status_code, JSON.encode(_envelope(error)))
+        except MemoryError:
+            log.error("%s: no memory for the request", reply.request_id)
+            await reply.fail(NoCapacity("no memory for the request; try again", retry_after_s=1.0))
         except Exception:
             log.exception("%s failed", reply.request_id)
             await reply.fail(InternalError(_HIDDEN))

@@ -50,3 +50,23 @@ async def test_a_request_that_cannot_be_decoded(error: Exception, code: grpc.Sta
     finally:
         await server.stop(0)
     assert refused.value.code() is code
+
+
+async def test_a_handler_that_finds_no_memory_is_asked_again() -> None:
+    async def behaviour(request: Any, context: Any) -> bytes:
+        raise MemoryError
+
+    server = GrpcServer()
+    handler = grpc.unary_unary_rpc_method_handler(behaviour)
+    server.server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler("test.Service", {"Ask": handler})]
+    )
+    port = server.listen("127.0.0.1:0")
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await channel.unary_unary("/test.Service/Ask")(b"x", timeout=5)
+    finally:
+        await server.stop(0)
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE

@@ -82,7 +82,12 @@ async def test_f25_readers_of_a_token_a_second(
 ) -> None:
     """What waits for each of them stays below 64 KiB, and those who read are served as ever."""
     async with trial(
-        oracle_model, redis_url, time_scale=scale, num_blocks=4096, max_num_seqs=512
+        oracle_model,
+        redis_url,
+        is_crowd=count > 100,
+        time_scale=scale,
+        num_blocks=4096,
+        max_num_seqs=512,
     ) as run:
         small_buffers(run)
         with looking(run) as unread:

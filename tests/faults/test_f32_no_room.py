@@ -9,11 +9,9 @@ from support.core_mesh import P
 from support.fault_transport import FaultScript, faulty
 from support.faults import FailPost, Kind
 from support.faulty_mesh import MeshMaker
-from support.figures import Figure
 from support.trials import prompt_of, trial
 
-from baton.common.errors import InternalError, NoCapacity, QueueFull
-from baton.common.failpoints import armed
+from baton.common.errors import NoCapacity, QueueFull
 from baton.common.metric_names import RECOVERIES
 from baton.router import lanes
 
@@ -75,7 +73,7 @@ async def test_f32_reads_that_cannot_be_posted(
 
 @pytest.mark.parametrize("failpoint", ["p.before_lease", "p.after_lease", "d.after_reserve"])
 async def test_f32_an_engine_that_fails_there_is_a_lost_worker(
-    failpoint: str, oracle_model: Path, redis_url: str, figure: Figure
+    failpoint: str, oracle_model: Path, redis_url: str
 ) -> None:
     """An error that nobody expects inside a reservation ends its process, and no request."""
     async with trial(oracle_model, redis_url, prefill=2, decode=2) as run:
@@ -95,18 +93,3 @@ async def test_f32_a_router_without_room_refuses_and_keeps_nothing(
         refused = [log for log in logs if log.ends[0].error is not None]
         assert len(logs) - len(refused) > 0
         assert refused
-
-
-async def test_f32_a_failure_right_after_a_submit_leaves_no_request(
-    oracle_model: Path, redis_url: str
-) -> None:
-    """The router has told both workers when its own code fails: they hear of that, too."""
-
-    def fail() -> None:
-        raise InternalError("injected")
-
-    async with trial(oracle_model, redis_url, allowed=(InternalError,)) as run:
-        with armed("r.after_submit", fail):
-            log = await run.ask(prompt_of(100, 1))
-        assert log.ends[0].error is not None
-        await run.ask(prompt_of(100, 2))

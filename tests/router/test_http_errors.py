@@ -102,6 +102,18 @@ async def test_a_bug_is_an_internal_error_without_its_text(model: ServedModel) -
     assert "canary" not in response.text
 
 
+async def test_f28_a_request_without_memory_is_asked_again(model: ServedModel) -> None:
+    class Full(ScriptedSource):
+        def submit(self, spec: Any) -> Any:
+            raise MemoryError
+
+    fronts = Fronts(model, Full(script_of(model)))
+    async with in_process(fronts) as client:
+        response = await client.post(CHAT, json=chat_body())
+    assert response.status_code == 503
+    assert int(response.headers["retry-after"]) >= 1
+
+
 BAD_BODIES: list[tuple[str, str, Any, str | None]] = [
     ("B01 no messages", CHAT, {"messages": []}, "messages"),
     ("B01 absent messages", CHAT, {}, None),
