@@ -93,7 +93,6 @@ async def test_f19_a_pair_that_cannot_read_is_left(
         oracle_model,
         redis_url,
         prefill=2,
-        decode=2,
         factory=between("p0", "d0", script),
         time_scale=SCALE,
     ) as run:
@@ -120,8 +119,8 @@ async def test_f19_a_silent_link_between_two_workers(
     oracle_model: Path, redis_url: str, figure: Figure
 ) -> None:
     """Nothing passes between p0 and d0, and neither is told: pings find out."""
-    async with trial(oracle_model, redis_url, prefill=2, decode=2, time_scale=SCALE) as run:
-        (owner, _), (reader, _) = run.cluster.prefills, run.cluster.decodes
+    async with trial(oracle_model, redis_url, prefill=2, time_scale=SCALE) as run:
+        (owner, _), (reader,) = run.cluster.prefills, run.cluster.decodes
         async with tcp_proxy(owner.port) as proxy:
             await dial_through(proxy, reader, owner)
             await asyncio.gather(*(run.ask(prompt_of(60, seed)) for seed in range(12)))
