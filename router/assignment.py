@@ -88,7 +88,7 @@ class Assigner:
         for worker in attempt.workers:
             self._journal.release(entry, worker)
             if worker not in told:
-                self.send(worker, Cancel(attempt.key))
+                self._send(worker, Cancel(attempt.key))
 
     def prefill_is_done(self, entry: JournalEntry) -> None:
         """The decode worker has joined: the prefill worker is nothing to the entry."""
@@ -99,10 +99,8 @@ class Assigner:
 
     def begin_move(self, entry: JournalEntry, ends_at: float) -> bool:
         """Send a running request on its way to another decode worker; False if there is none."""
-        attempt = entry.attempt
-        assert attempt is not None, "what moves runs"
-        assert attempt.decode is not None, "what moves decodes"
-        source = attempt.decode
+        attempt = entry.current
+        source = attempt.decoder
         target = self._move_target(entry, attempt, source)
         if target is None:
             return False
@@ -116,19 +114,17 @@ class Assigner:
             first_position=entry.num_emitted,
         )
         entry.move = RunningMove(attempt=moved, ends_at=ends_at)
-        self.send(source, Move(attempt.key, moved.key, target, moved.grant_key))
+        self._send(source, Move(attempt.key, moved.key, target, moved.grant_key))
         now = self._clock.monotonic()
         self._submit(entry, moved.key, target, self._decode_job(moved), now)
         return True
 
     def finish_move(self, entry: JournalEntry) -> None:
         """The target has joined: its attempt is the current one from now on."""
-        move, attempt = entry.move, entry.attempt
+        move, attempt = entry.move, entry.current
         assert move is not None, "there is a move to finish"
-        assert attempt is not None, "what moves was running"
-        assert attempt.decode is not None, "what moves was decoding"
-        self._journal.release(entry, attempt.decode)
-        self.send(attempt.decode, Cancel(attempt.key))
+        self._journal.release(entry, attempt.decoder)
+        self._send(attempt.decoder, Cancel(attempt.key))
         entry.attempt, entry.move = move.attempt, None
 
     def end_move(self, entry: JournalEntry, told: tuple[WorkerIdentity, ...] = ()) -> None:
@@ -137,25 +133,20 @@ class Assigner:
         assert move is not None, "there is a move to end"
         self._journal.release(entry, move.target)
         if move.target not in told:
-            self.send(move.target, Cancel(move.attempt.key))
+            self._send(move.target, Cancel(move.attempt.key))
         entry.move = None
 
     def stay(self, entry: JournalEntry) -> None:
         """The source of a move that ended decodes on."""
-        attempt = entry.attempt
-        assert attempt is not None, "what was to move runs"
-        assert attempt.decode is not None, "what was to move decodes"
-        self.send(attempt.decode, Stay(attempt.key))
+        self._send(entry.current.decoder, Stay(entry.current.key))
 
     def lose_source(self, entry: JournalEntry) -> None:
         """The source of a running move has the request no longer."""
-        assert entry.attempt is not None, "what moves was running"
-        assert entry.attempt.decode is not None, "what moves was decoding"
-        self._journal.release(entry, entry.attempt.decode)
+        self._journal.release(entry, entry.current.decoder)
 
     # --- inside ---
 
-    def send(self, worker: WorkerIdentity, message: RouterMessage) -> None:
+    def _send(self, worker: WorkerIdentity, message: RouterMessage) -> None:
         self._sends.append((worker, message))
 
     def _move_target(
@@ -213,7 +204,7 @@ class Assigner:
             request_id=spec.request_id,
         )
         self._journal.hold(entry, worker)
-        self.send(worker, submit)
+        self._send(worker, submit)
 
 
 def _fingerprint(candidates: list[Candidate], choice: Choice) -> str:

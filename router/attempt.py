@@ -31,6 +31,12 @@ class Attempt:
         return [worker for worker in (self.prefill, self.decode) if worker is not None]
 
     @property
+    def decoder(self) -> WorkerIdentity:
+        """The decode worker of an attempt that has one."""
+        assert self.decode is not None, f"attempt {self.key} ends with its next token"
+        return self.decode
+
+    @property
     def pair(self) -> tuple[WorkerIdentity, WorkerIdentity] | None:
         """Owner and reader of the KV that this attempt hands over, if it does."""
         owner = self.prefill or self.source
@@ -60,8 +66,7 @@ class RunningMove:
 
     @property
     def target(self) -> WorkerIdentity:
-        assert self.attempt.decode is not None, "a move goes to a decode worker"
-        return self.attempt.decode
+        return self.attempt.decoder
 
 
 @dataclass(slots=True)

@@ -219,10 +219,9 @@ class Dispatch:
         """What `worker` is to go on with on a new stream, from which position."""
         live = []
         for entry in self._journal.held_by(worker):
-            attempt = entry.attempt
+            attempt = entry.current
             if entry.move is not None and worker == entry.move.target:
                 attempt = entry.move.attempt
-            assert attempt is not None, "who holds a request has an attempt at it"
             live.append(LiveRequest(attempt.key, entry.num_emitted))
         return tuple(live)
 
@@ -259,8 +258,7 @@ class Dispatch:
 
     def _take(self, entry: JournalEntry, worker: WorkerIdentity, record: OutputRecord) -> None:
         now = self._clock.monotonic()
-        attempt = entry.attempt
-        assert attempt is not None, "records come from attempts"
+        attempt = entry.current
         entry.reported(record.prefill, record.handover)
         entry.advance(
             worker, has_tokens=bool(record.tokens), joined=record.handover is not None, now=now
@@ -329,8 +327,7 @@ class Dispatch:
             self._counters[RECOVERIES_REFUSED] += 1
             self._fail(entry, refusal, told=told)
             return
-        left = entry.attempt
-        assert left is not None, "only an attempt can fail"
+        left = entry.current
         self._counters[RECOVERIES] += 1
         self._assigner.leave(entry, told)
         entry.attempt = None

@@ -106,6 +106,12 @@ class JournalEntry:
         """The client's deadline."""
         return self.accepted_at + self.spec.timeout_s
 
+    @property
+    def current(self) -> Attempt:
+        """The attempt of an entry that some worker has."""
+        assert self.attempt is not None, f"no worker has {self.transfer_id.hex()}"
+        return self.attempt
+
     def next_key(self) -> RequestKey:
         """A key that no worker has seen."""
         self.last_attempt += 1
@@ -129,8 +135,7 @@ class JournalEntry:
         self, worker: WorkerIdentity, *, has_tokens: bool, joined: bool, now: float
     ) -> None:
         """`worker` of the current attempt reported tokens or its join."""
-        assert self.attempt is not None, "reports come from attempts"
-        if worker == self.attempt.decode and (has_tokens or joined):
+        if worker == self.current.decode and (has_tokens or joined):
             if self.state in (RequestState.PREFILLING, RequestState.HANDING_OVER):
                 self.enter(RequestState.DECODING, now)
         elif has_tokens and self.state is RequestState.PREFILLING:
@@ -147,8 +152,7 @@ class JournalEntry:
 
     def reported(self, prefill: PrefillReport | None, handover: HandoverReport | None) -> None:
         """What a worker of the current attempt says of its work, perhaps once more."""
-        attempt, handling = self.attempt, self.handling
-        assert attempt is not None, "reports come from attempts"
+        attempt, handling = self.current, self.handling
         if prefill is not None:
             handling.prefill_report = prefill
             if self.cached_tokens is None:

@@ -56,10 +56,9 @@ class Moves:
 
     def won(self, entry: JournalEntry) -> None:
         """The target's first frame came."""
-        source = self._source(entry)
+        source = entry.current.decoder
         self._assigner.finish_move(entry)
-        assert entry.attempt is not None, "the target's attempt is the current one"
-        log.info("request %s moved as attempt %s", entry.spec.request_id, entry.attempt.key)
+        log.info("request %s moved as attempt %s", entry.spec.request_id, entry.current.key)
         entry.history.failed_targets.clear()
         # A source that is gone by now has handed everything over: that was no crash.
         entry.history.crashes.clear()
@@ -71,7 +70,7 @@ class Moves:
         self, entry: JournalEntry, why: str, told: tuple[WorkerIdentity, ...] = ()
     ) -> BatonError | None:
         """The move came to nothing: the source goes on, or the answer says why there is none."""
-        move, source = entry.move, self._source(entry)
+        move, source = entry.move, entry.current.decoder
         assert move is not None, "only a running move fails"
         log.info(
             "move of request %s as %s to %s failed: %s",
@@ -98,11 +97,6 @@ class Moves:
         self._assigner.lose_source(entry)
 
     # --- inside ---
-
-    def _source(self, entry: JournalEntry) -> WorkerIdentity:
-        assert entry.attempt is not None, "what moves was running"
-        assert entry.attempt.decode is not None, "what moves was decoding"
-        return entry.attempt.decode
 
     def _next(self, source: WorkerIdentity) -> None:
         """One move fewer off `source`. Those that failed wait for its next report."""

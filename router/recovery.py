@@ -45,8 +45,7 @@ def blame_error(
     entry: JournalEntry, sender: WorkerIdentity, error: BatonError, timing: Timing, now: float
 ) -> None:
     """Exclude from further attempts whoever makes this error likely to come again."""
-    attempt, history = entry.attempt, entry.history
-    assert attempt is not None, "an error comes from an attempt"
+    attempt, history = entry.current, entry.history
     if isinstance(error, WorkerLost):
         history.exclude(sender)
     elif isinstance(error, NoWorker | QueueFull):
@@ -70,8 +69,7 @@ def blame_pair(entry: JournalEntry, attempt: Attempt) -> None:
 
 def blame_silence(entry: JournalEntry) -> None:
     """The deadline of the entry's state passed without progress."""
-    attempt = entry.attempt
-    assert attempt is not None, "who waits in the queue waits for nobody"
+    attempt = entry.current
     if entry.state is RequestState.HANDING_OVER and attempt.pair is not None:
         blame_pair(entry, attempt)
         return

@@ -95,7 +95,7 @@ OF_REQUESTS = (
         (
             Edit(
                 ASSIGNMENT,
-                "                self.send(worker, Cancel(attempt.key))\n",
+                "                self._send(worker, Cancel(attempt.key))\n",
                 "                continue\n",
             ),
         ),
