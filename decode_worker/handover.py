@@ -205,14 +205,14 @@ class Handovers:
     def _bound_quarantine(self, now: float) -> None:
         """A read that does not end keeps its slots until the agent that posted it is destroyed."""
         given_up = self.reads.given_up(now=now, max_slots=self._max_quarantined)
-        owners = [owner for owner, peer in self.peers.items() if peer in given_up]
-        for owner in owners:
+        if not given_up:
+            return
+        for owner in [owner for owner, peer in self.peers.items() if peer in given_up]:
             log.warning("reads from %s do not end; its agent is destroyed", owner)
             self.counters[names.AGENTS_DESTROYED] += 1
             self._lose(owner, PeerLost(f"{owner} keeps reads from ending"))
             self._outward.hang_up(owner)
-        if owners:
-            self.reads.poll()
+        self.reads.poll()
 
     def _lose(self, owner: WorkerIdentity, error: BatonError) -> None:
         for request in self._waiting_for(owner):
@@ -237,7 +237,8 @@ class Handovers:
 
     def status(self, owner: WorkerIdentity, status: LeaseStatus) -> None:
         """An owner's word on a lease."""
-        if owner not in self.peers:
+        link = self._links.get(owner)
+        if link is None or link.peer is None:
             # Its agent was destroyed: the link is about to end, which ends what waits for it.
             return
         request = self._requests.get(status.key)

@@ -276,24 +276,20 @@ class LeaseOwner:
         return offer.reader == reader and compare_digest(mac, expected)
 
     def _claimed_of_nobody(self, reader: WorkerIdentity, claim: LeaseClaim) -> None:
-        if self._endings.has_ended(claim.key):
-            self._not_renewed(reader, claim.key)
-            return
-        self._early[claim.key] = (reader, claim.mac, self._clock.monotonic())
-        self._send(reader, LeaseStatus(key=claim.key, state=LeaseState.NOT_YET))
+        if not self._endings.has_ended(claim.key):
+            self._early[claim.key] = (reader, claim.mac, self._clock.monotonic())
+        self._not_renewed(reader, claim.key)
 
     def _not_renewed(self, reader: WorkerIdentity, key: RequestKey) -> None:
         """Not yet known is never *gone*; handles are told for a claim alone."""
         offer = self._offers.get(key)
-        if offer is not None and offer.reader == reader:
+        is_offered = offer is not None and offer.reader == reader
+        if is_offered or not self._endings.has_ended(key):
             self._send(reader, LeaseStatus(key=key, state=LeaseState.NOT_YET))
-        elif self._endings.has_ended_well(key):
-            self._send(reader, LeaseStatus(key=key, state=LeaseState.ENDED))
-        elif self._endings.has_ended(key):
-            gone = LeaseLost(f"the lease has ended on {self._identity}")
-            self._send(reader, LeaseStatus(key=key, state=LeaseState.ENDED, error=gone))
-        else:
-            self._send(reader, LeaseStatus(key=key, state=LeaseState.NOT_YET))
+            return
+        is_well = self._endings.has_ended_well(key)
+        gone = None if is_well else LeaseLost(f"the lease has ended on {self._identity}")
+        self._send(reader, LeaseStatus(key=key, state=LeaseState.ENDED, error=gone))
 
     def _released(self, reader: WorkerIdentity, release: LeaseRelease) -> None:
         offer = self._offers.get(release.key)

@@ -64,12 +64,8 @@ OF_LEASES = (
         (
             Edit(
                 OWNER,
-                "        else:\n"
-                "            self._send(reader, LeaseStatus(key=key, state=LeaseState.NOT_YET))\n",
-                "        else:\n"
-                '            gone = LeaseLost("unknown")\n'
-                "            status = LeaseStatus(key=key, state=LeaseState.ENDED, error=gone)\n"
-                "            self._send(reader, status)\n",
+                "if is_offered or not self._endings.has_ended(key):",
+                "if is_offered:",
             ),
         ),
         (
