@@ -25,7 +25,6 @@ AGENTS_DESTROYED: Final = "agents_destroyed_total"
 HANDLES_REFUSED: Final = "lease_handles_refused_total"
 
 # Both.
-PREEMPTIONS: Final = "preemptions_total"
 WASTED_ENGINE_MS: Final = "wasted_engine_milliseconds_total"
 # Counted where a move ends: its source may hear of the end by a cancel.
 MOVED_IN: Final = "requests_moved_in_total"

@@ -11,6 +11,19 @@ async def every(period_s: float, stop: asyncio.Event) -> AsyncIterator[None]:
         await wait_for(stop, period_s)
 
 
+class Punctuality:
+    """Whether a loop came round in time: the silence of others counts only while it did."""
+
+    def __init__(self, period_s: float, now: float) -> None:
+        self._period_s = period_s
+        self._last = now
+
+    def was_late(self, now: float) -> bool:
+        """To be asked once per round."""
+        away_s, self._last = now - self._last, now
+        return away_s > 2 * self._period_s
+
+
 async def wait_for(event: asyncio.Event, timeout_s: float) -> bool:
     """Whether the event was set within the time."""
     try:

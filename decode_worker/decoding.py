@@ -13,7 +13,7 @@ from baton.common.ids import RequestKey, RouterId
 from baton.decode_worker.request import DecodeRequest, DecodeState
 from baton.decode_worker.scheduler import DecodeScheduler
 from baton.engine.engine import Engine
-from baton.engine.sequence import Chunk
+from baton.worker.flight import Flight
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +36,7 @@ class Decoding:
         self._requests = requests
         self._paused_routers = paused_routers
         self._budget = max_num_batched_tokens
-        self._clock = clock
-        # The requests of the step in flight, with their tokens, and when it was launched.
-        self._flight: list[tuple[DecodeRequest, int]] = []
-        self._launched_at = 0.0
+        self._flight: Flight[DecodeRequest] = Flight(engine, clock)
         self.num_preemptions = 0
 
     def has_room(self, request: DecodeRequest, *, num_tokens: int, limit_tokens: int) -> bool:
@@ -56,25 +53,11 @@ class Decoding:
 
     def launch(self) -> None:
         """Start the next iteration, if there is one to run."""
-        chunks = self._chunks()
-        if not chunks:
-            return
-        self._flight = [(self._requests[key], chunk.num_tokens) for key, chunk in chunks.items()]
-        self._launched_at = self._clock.monotonic()
-        self._engine.launch(list(chunks.values()))
+        self._flight.launch(self._rows())
 
     def collect(self) -> list[DecodeRequest]:
         """The sequences that have a new token, once the iteration has ended."""
-        results = self._engine.collect()
-        if results is None or not self._flight:
-            return []
-        flight, self._flight = self._flight, []
-        took_s = self._clock.monotonic() - self._launched_at
-        num_tokens = sum(count for _, count in flight)
-        sampled = {sequence for sequence, token in results if token is not None}
-        for request, count in flight:
-            request.engine_s += took_s * count / num_tokens
-        return [request for request, _ in flight if request.sequence in sampled]
+        return [landed.request for landed in self._flight.collect() if landed.is_sampled]
 
     def _runs(self, request: DecodeRequest) -> bool:
         """A router that does not read its stream pauses what is its own, and nothing else."""
@@ -82,9 +65,9 @@ class Decoding:
             request.state is DecodeState.RUNNING and request.router_id not in self._paused_routers
         )
 
-    def _chunks(self) -> dict[RequestKey, Chunk]:
-        """The next tokens of every running sequence that has room for them, oldest first."""
-        chunks: dict[RequestKey, Chunk] = {}
+    def _rows(self) -> list[tuple[DecodeRequest, int]]:
+        """How many tokens of every running sequence that has room for them, oldest first."""
+        rows: list[tuple[DecodeRequest, int]] = []
         requests = [self._requests[key] for key in self._scheduler.plan()]
         requests = [request for request in requests if self._runs(request)]
         # Prompts that are computed here take what decodes leave, so that they stall nobody.
@@ -100,8 +83,8 @@ class Decoding:
             if num_tokens == 0 or request.state is not DecodeState.RUNNING:
                 continue
             if self._make_room(request, request.sequence.num_computed + num_tokens):
-                chunks[request.key] = Chunk(request.sequence, num_tokens)
-        return chunks
+                rows.append((request, num_tokens))
+        return rows
 
     def _make_room(self, request: DecodeRequest, num_tokens: int) -> bool:
         """Grow the sequence's table, at the cost of younger ones; False if it has to wait."""

@@ -63,20 +63,12 @@ class OracleRunner:
         self._words = arena.tensor.view(torch.int64)
         num_words = layout.block_bytes // WORD_BYTES // layout.block_size
         self._model = OracleModel(config.vocab_size, num_words)
-        self._tokens_forwarded = 0
-        self._steps = 0
+        self.tokens_forwarded = 0
+        self.steps = 0
 
     @property
     def model(self) -> OracleModel:
         return self._model
-
-    @property
-    def tokens_forwarded(self) -> int:
-        return self._tokens_forwarded
-
-    @property
-    def steps(self) -> int:
-        return self._steps
 
     def prepare(self, chunks: Ordered[Chunk]) -> Forward:
         assert chunks, "an idle step launches nothing"
@@ -115,8 +107,8 @@ class OracleRunner:
         with torch.inference_mode():
             self._write(step)
             digests = [context_digest(kv) for kv in self._read(step)]
-        self._tokens_forwarded += len(step.token_T)
-        self._steps += 1
+        self.tokens_forwarded += len(step.token_T)
+        self.steps += 1
         return torch.from_numpy(self._model.logits(digests))
 
     def _write(self, step: _Step) -> None:

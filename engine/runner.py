@@ -27,13 +27,9 @@ Forward = Callable[[], torch.Tensor]
 class Runner(Protocol):
     """A model over an arena."""
 
-    @property
-    def tokens_forwarded(self) -> int:
-        """Work done by this runner: the oracle of tests that count recomputation."""
-        ...
-
-    @property
-    def steps(self) -> int: ...
+    # Work done by this runner: what tests that count recomputation go by.
+    tokens_forwarded: int
+    steps: int
 
     def prepare(self, chunks: Ordered[Chunk]) -> Forward:
         """The step that forwards `chunks`, as work for a device.
@@ -62,16 +58,8 @@ class ModelRunner:
         assert arena.layout == expected, f"arena {arena.layout}, model {expected}"
         self._model = model
         self._arena = arena
-        self._tokens_forwarded = 0
-        self._steps = 0
-
-    @property
-    def tokens_forwarded(self) -> int:
-        return self._tokens_forwarded
-
-    @property
-    def steps(self) -> int:
-        return self._steps
+        self.tokens_forwarded = 0
+        self.steps = 0
 
     def prepare(self, chunks: Ordered[Chunk]) -> Forward:
         arena = self._arena
@@ -80,6 +68,6 @@ class ModelRunner:
 
     def _execute(self, batch: Batch) -> torch.Tensor:
         logits = self._model.forward(batch, self._arena.tensor)
-        self._tokens_forwarded += batch.num_tokens
-        self._steps += 1
+        self.tokens_forwarded += batch.num_tokens
+        self.steps += 1
         return logits

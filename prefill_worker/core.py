@@ -41,7 +41,6 @@ from baton.common.timing import Timing
 from baton.engine.conservation import check_conservation
 from baton.engine.engine import Engine
 from baton.engine.finish import finish_reason
-from baton.engine.sequence import Chunk
 from baton.kvtransfer.events import FromReader, LinkClosed, LinkOpened
 from baton.kvtransfer.ledger import LeaseEnd
 from baton.kvtransfer.owner import LeaseOwner, Offer
@@ -58,6 +57,7 @@ from baton.worker.core import (
     RouterPaused,
     RouterResumed,
 )
+from baton.worker.flight import Flight
 from baton.worker.intake import Intake
 from baton.worker.integrity import Integrity
 from baton.worker.pace import IDLE_WAIT_S, POLL_WAIT_S, Pace
@@ -98,12 +98,10 @@ class PrefillCore:
             ended=self._lease_ended,
         )
         self._integrity = Integrity(engine)
+        self._flight: Flight[PrefillRequest] = Flight(engine, clock)
         self._reconciler = Reconciler(engine)
         self._pace = Pace(clock, timing)
         self._counters: Counter[str] = Counter()
-        # The chunks of the step in flight, and when it was launched.
-        self._flight: list[PlannedChunk] = []
-        self._launched_at = 0.0
 
     # --- WorkerCore ---
 
@@ -270,30 +268,15 @@ class PrefillCore:
 
     def _launch(self) -> None:
         plan = self._scheduler.plan()
-        if not plan:
-            return
-        chunks = [Chunk(self._requests[entry.key].sequence, entry.num_tokens) for entry in plan]
-        self._flight = plan
-        self._launched_at = self._clock.monotonic()
-        self._engine.launch(chunks)
+        self._flight.launch([(self._requests[entry.key], entry.num_tokens) for entry in plan])
 
     def _collect(self) -> None:
         """What the last step wrote is final once it has ended, and not before."""
-        results = self._engine.collect()
-        if results is None or not self._flight:
-            return
-        plan, self._flight = self._flight, []
-        took_s = self._clock.monotonic() - self._launched_at
-        num_tokens = sum(entry.num_tokens for entry in plan)
-        sampled = dict(results)
-        for entry in plan:
-            request = self._requests.get(entry.key)
-            if request is None or request.sequence not in sampled:
-                continue
-            request.engine_s += took_s * entry.num_tokens / num_tokens
+        for landed in self._flight.collect():
+            request = landed.request
             self._engine.kv.publish(request.sequence, request.num_tokens)
-            if self._scheduler.computed(entry):
-                assert sampled[request.sequence] is not None, "the last chunk gives a token"
+            if self._scheduler.computed(PlannedChunk(request.key, landed.num_tokens)):
+                assert landed.is_sampled, "the last chunk gives a token"
                 self._prefilled(request)
             else:
                 self._announce(request)

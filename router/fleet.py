@@ -26,7 +26,7 @@ from baton.common.messages import (
     WorkerHello,
 )
 from baton.common.metric_names import STREAMS_RESUMED
-from baton.common.periodic import every, wait_for
+from baton.common.periodic import Punctuality, every, wait_for
 from baton.common.timing import Timing
 from baton.metadata.registry import RedisError, Registry, WorkerRecord
 from baton.router.attach_stream import Heard, converse, is_refused
@@ -154,12 +154,10 @@ class Fleet:
 
     async def _watch_silence(self) -> None:
         period_s = self._timing.heartbeat_every_s
-        last = self._clock.monotonic()
+        punctuality = Punctuality(period_s, self._clock.monotonic())
         async for _ in every(period_s, self._stop):
             now = self._clock.monotonic()
-            # Silence counts only while this loop itself was on time.
-            was_late = now - last > 2 * period_s
-            last = now
+            was_late = punctuality.was_late(now)
             for worker in self.workers():
                 if was_late:
                     worker.last_heard = now

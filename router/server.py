@@ -34,7 +34,6 @@ from baton.v1 import admin_pb2_grpc, inference_pb2_grpc
 log = logging.getLogger(__name__)
 
 SWEEP_EVERY_S = 0.25
-DRAIN_DEADLINE_S = 30.0
 STOP_GRACE_S = 1.0
 HTTP_BACKLOG = 2048
 
@@ -53,7 +52,7 @@ class RouterServer:
         self._config = config
         self._clock = clock or SystemClock()
         self._randomness = randomness or SystemRandomness()
-        timing = DEFAULT_TIMING.scaled(config.time_scale)
+        self._timing = timing = DEFAULT_TIMING.scaled(config.time_scale)
         self._redis = connect(config.redis)
         self.router_id = RouterId(f"router-{incarnation(self._randomness)}")
         hello = RouterHello(self.router_id, self._clock.unix_ms())
@@ -119,8 +118,9 @@ class RouterServer:
             self.admin_port,
         )
 
-    async def drain(self, deadline_s: float = DRAIN_DEADLINE_S) -> None:
+    async def drain(self, deadline_s: float | None = None) -> None:
         """Refuse further requests and let running ones end, at most the deadline."""
+        deadline_s = self._timing.drain_deadline_s if deadline_s is None else deadline_s
         self.catalog.stop_serving()
         self.dispatch.drain()
         try:

@@ -24,6 +24,7 @@ from baton.common.errors import BatonError, InvalidRequest, NoWorker, QueueFull
 from baton.common.frames import SubmitAssembly
 from baton.common.ids import RequestKey, RouterId
 from baton.common.messages import Cancel, LoadReport, OutputRecord, RouterHello, WorkerHello
+from baton.common.periodic import Punctuality
 from baton.common.timing import Timing
 from baton.v1 import worker_pb2 as pb
 from baton.v1 import worker_pb2_grpc
@@ -72,7 +73,7 @@ class ControlServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._high_water = high_water
         self._streams: dict[RouterId, RouterStream] = {}
         self._graces: dict[RouterId, asyncio.TimerHandle] = {}
-        self._last_beat = clock.monotonic()
+        self._punctuality = Punctuality(timing.heartbeat_every_s, clock.monotonic())
         self._is_closed = False
 
     def send_records(self, router_id: RouterId, records: list[OutputRecord]) -> None:
@@ -91,9 +92,7 @@ class ControlServicer(worker_pb2_grpc.WorkerServiceServicer):
         It is the heartbeat as well, and the moment when streams are ended that are silent or slow.
         """
         now = self._clock.monotonic()
-        # Silence counts only while this loop itself was on time.
-        was_late = now - self._last_beat > 2 * self._timing.heartbeat_every_s
-        self._last_beat = now
+        was_late = self._punctuality.was_late(now)
         for stream in list(self._streams.values()):
             if was_late:
                 stream.last_heard = now

@@ -161,8 +161,8 @@ OF_BLOCKS = (
         (
             Edit(
                 "prefill_worker/core.py",
-                "        self._engine.launch(chunks)\n",
-                "        self._engine.launch(chunks)\n"
+                "for entry in plan])\n",
+                "for entry in plan])\n"
                 "        for entry in plan:\n"
                 "            request = self._requests[entry.key]\n"
                 "            if request.reader is not None:\n"
