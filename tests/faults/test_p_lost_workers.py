@@ -11,6 +11,7 @@ import grpc
 import pytest
 import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from support.history import History
 from support.oracle_model import write_oracle_model
 from support.process_trials import (
     Asked,
@@ -155,18 +156,25 @@ async def test_f02_a_prefill_worker_is_killed_before_the_transfer_has_ended(
         await expect_recovery(cluster, victim, asking, what=what, figure=figure)
 
 
+async def held_before_its_reads(
+    cluster: ProcessCluster, history: History, source: random.Random
+) -> "tuple[asyncio.Task[Asked], ServedProcess, ServedProcess]":
+    """A request whose reader has blocks, lease and handles, and is held there; with its owner."""
+    decodes = of_role(cluster, "decode")
+    for worker in decodes:
+        worker.arm("d.after_reserve", "wait*1")
+    asking = ask(cluster, history, prompt_of(PROMPT, source), max_tokens=OUTPUT)
+    reader = await who_is_at(decodes, "d.after_reserve")
+    return asking, reader, await holder(cluster, "prefill")
+
+
 async def test_f02_a_prefill_worker_is_killed_before_anything_was_read(
     trials: Trials, figure: Figure
 ) -> None:
     """The decode worker has its blocks, the lease and the handles, and its owner dies."""
     cluster = trials.cluster
     async with trials.one() as history:
-        decodes = of_role(cluster, "decode")
-        for worker in decodes:
-            worker.arm("d.after_reserve", "wait*1")
-        asking = ask(cluster, history, prompt_of(PROMPT, random.Random(2)), max_tokens=OUTPUT)
-        reader = await who_is_at(decodes, "d.after_reserve")
-        victim = await holder(cluster, "prefill")
+        asking, reader, victim = await held_before_its_reads(cluster, history, random.Random(2))
         asyncio.get_running_loop().call_later(0.1, reader.release, "d.after_reserve")
         what = "F02 next token after P was killed before the transfer"
         await expect_recovery(cluster, victim, asking, what=what, figure=figure)
@@ -178,13 +186,8 @@ async def test_f10_a_worker_comes_back_at_its_address_while_its_old_handles_are_
     """Another epoch is another worker: the old references are refused, the new life serves soon."""
     cluster = trials.cluster
     async with trials.one() as history:
-        decodes = of_role(cluster, "decode")
-        for worker in decodes:
-            worker.arm("d.after_reserve", "wait*1")
         source = random.Random(10)
-        asking = ask(cluster, history, prompt_of(PROMPT, source), max_tokens=OUTPUT)
-        reader = await who_is_at(decodes, "d.after_reserve")
-        victim = await holder(cluster, "prefill")
+        asking, reader, victim = await held_before_its_reads(cluster, history, source)
         old = await life_of(cluster, victim.name)
         victim.kill()
         victim.disarm_all()
