@@ -7,7 +7,6 @@
 4. MOVING: another worker pulls it (`moving.py`).
 """
 
-import logging
 from collections import Counter
 from dataclasses import replace
 
@@ -58,6 +57,7 @@ from baton.worker.core import (
     Effects,
     Event,
     FromRouter,
+    LoopCameRound,
     RouterAttached,
     RouterGone,
     RouterPaused,
@@ -67,8 +67,6 @@ from baton.worker.intake import Intake
 from baton.worker.integrity import Integrity
 from baton.worker.pace import IDLE_WAIT_S, POLL_WAIT_S, Pace
 from baton.worker.reconciler import Reconciler
-
-log = logging.getLogger(__name__)
 
 
 class DecodeCore:
@@ -169,6 +167,8 @@ class DecodeCore:
                 self._intake.paused_routers.discard(router_id)
             case Drain():
                 self._intake.is_draining = True
+            case LoopCameRound():
+                self._pace.heard(self._clock.monotonic())
             case _:
                 raise AssertionError(f"a decode worker gets no {type(event).__name__}")
 
@@ -306,7 +306,7 @@ class DecodeCore:
                 limit = num_tokens - 1
             if not self._decoding.has_room(request, num_tokens=num_tokens, limit_tokens=limit):
                 return
-            # The reservation may find fewer hits than it looked for: damaged blocks are none.
+            # May find fewer hits than has_room looked for: damaged blocks are none.
             if not self._engine.kv.reserve(sequence, num_tokens, limit):
                 return
             request.started_at = request.started_at or now

@@ -52,6 +52,7 @@ from baton.worker.core import (
     Effects,
     Event,
     FromRouter,
+    LoopCameRound,
     RouterAttached,
     RouterGone,
     RouterPaused,
@@ -133,6 +134,8 @@ class PrefillCore:
                 self._intake.abort_router(router_id, keep=frozenset())
             case Drain():
                 self._intake.is_draining = True
+            case LoopCameRound():
+                self._pace.heard(self._clock.monotonic())
             case RouterPaused() | RouterResumed():
                 pass  # One token per request: nothing worth pausing.
             case _:

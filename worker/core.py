@@ -64,7 +64,21 @@ class Drain:
     """Take no further requests; what runs may end, or is moved away by its router."""
 
 
-Event = FromRouter | RouterAttached | RouterGone | RouterPaused | RouterResumed | Drain | LinkEvent
+@dataclass(frozen=True, slots=True)
+class LoopCameRound:
+    """The event loop is alive: posted with each heartbeat."""
+
+
+Event = (
+    FromRouter
+    | RouterAttached
+    | RouterGone
+    | RouterPaused
+    | RouterResumed
+    | Drain
+    | LoopCameRound
+    | LinkEvent
+)
 
 
 @dataclass(slots=True)

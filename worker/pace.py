@@ -20,12 +20,22 @@ class Pace:
         self._report_every_s = timing.heartbeat_every_s
         self._counted_s = COUNTED_ABSENCE_S * timing.heartbeat_every_s
         self._last = clock.monotonic()
+        self._heard: float | None = None
         self._next_report = 0.0
 
+    def heard(self, now: float) -> None:
+        """The event loop came round, as it does with each heartbeat: what peers sent gets here."""
+        self._heard = now
+
     def lost_s(self, now: float) -> float:
-        """Seconds since the last call, less what counts; called once per iteration."""
-        away, self._last = now - self._last, now
-        return max(0.0, away - self._counted_s)
+        """Seconds since the last call in which this worker was away or deaf, less what counts;
+        called once per iteration."""
+        last, self._last = self._last, now
+        lost = now - last - self._counted_s
+        if self._heard is not None:
+            deaf_since = self._heard + self._report_every_s + self._counted_s
+            lost = max(lost, now - max(last, deaf_since))
+        return max(0.0, lost)
 
     def is_report_due(self, now: float) -> bool:
         """Whether it is time for a load report; True once per period."""

@@ -39,7 +39,7 @@ from baton.metadata.registry import (
 from baton.v1 import kv_pb2_grpc, worker_pb2_grpc
 from baton.worker.admission import Limits
 from baton.worker.control import ControlServicer
-from baton.worker.core import Drain, Effects, WorkerCore
+from baton.worker.core import Drain, Effects, LoopCameRound, WorkerCore
 from baton.worker.engine_thread import EngineThread
 from baton.worker.registration import Heartbeat, first_identity, settle_epoch
 
@@ -298,6 +298,7 @@ class WorkerServer:
     async def _beat(self) -> None:
         """The heartbeat comes from the event loop, since a step may take longer than a second."""
         async for _ in every(self._timing.heartbeat_every_s, self._stopping):
+            self._thread.post(LoopCameRound())
             load = self._load_now()
             self._control.send_load(load)
             is_stalled = load.stalled_s > self._timing.stalled_after_s

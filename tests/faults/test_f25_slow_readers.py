@@ -17,8 +17,9 @@ from baton.common.metric_names import SLOW_CLIENTS
 from baton.common.periodic import wait_for
 from baton.common.timing import DEFAULT_TIMING
 
-# Of the time-outs: 500 answers at once on a small machine need all of them.
-SCALE, CROWD_SCALE = 0.05, 1.0
+# Of the time-outs: 500 answers at once on a small machine need more than a cluster has, because one
+# event loop serves the router, both workers and all clients here.
+SCALE, CROWD_SCALE = 0.05, 3.0
 TOKEN_BYTES = 4
 STREAM_BYTES = 64 * 1024
 OUTPUT = 120
@@ -82,7 +83,7 @@ def looking(run: Trial) -> Iterator[Unread]:
         is_over = True
 
 
-SLOW = [pytest.mark.slow_fault, pytest.mark.timeout(300)]
+SLOW = [pytest.mark.slow_fault, pytest.mark.timeout(600)]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,8 @@ async def test_f25_readers_of_a_token_a_second(
                 await asyncio.gather(*(answer.read() for answer in answers))
                 slow = [asyncio.create_task(read_for_a_while(answer, scale)) for answer in answers]
                 (decode,) = run.cluster.decodes
-                await until(lambda: not decode.core.num_requests, "D does not get on", 60.0)
+                limit_s = 60.0 * max(1.0, scale)
+                await until(lambda: not decode.core.num_requests, "D does not get on", limit_s)
                 logs = await asyncio.gather(
                     *(run.ask(prompt_of(60, 10_000 + seed), max_tokens=32) for seed in range(8))
                 )
