@@ -306,7 +306,7 @@ class DecodeCore:
                 limit = num_tokens - 1
             if not self._decoding.has_room(request, num_tokens=num_tokens, limit_tokens=limit):
                 return
-            # May find fewer hits than has_room looked for: damaged blocks are none.
+            # The reservation may find fewer hits than it looked for: damaged blocks are none.
             if not self._engine.kv.reserve(sequence, num_tokens, limit):
                 return
             request.started_at = request.started_at or now
