@@ -44,7 +44,7 @@ def bench_kernels(
     if out is not None:
         report.write(out)
     try:
-        with _progress() as say:
+        with watched() as say:
             for _ in run_groups(report, names, say):
                 if out is not None:
                     report.write(out)
@@ -66,7 +66,7 @@ def show(report: Report, *, as_json: bool) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
+def watched() -> Iterator[Callable[[str], None]]:
     """What is measured now: one line that changes while somebody watches, else one line each."""
     if not sys.stderr.isatty():
         yield tell

@@ -72,9 +72,14 @@ def build_app() -> App:
     model.command(
         f"{verbs}.model:inspect", name="inspect", help="What a model is and what its KV takes."
     )
-    bench = _group(app, "bench", "Measure a running cluster, or the kernels alone.")
+    bench = _group(app, "bench", "Measure a running cluster, the engine or the kernels.")
     bench.command(
         f"{verbs}.bench:recall", name="recall", help="Whether answers are right, and how soon."
+    )
+    bench.command(
+        f"{verbs}.bench_engine:bench_engine",
+        name="engine",
+        help="What the engine reaches on this GPU, against its limits and vLLM.",
     )
     bench.command(
         f"{verbs}.bench_kernels:bench_kernels",

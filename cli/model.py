@@ -98,7 +98,7 @@ def _facts(
     kv_memory: int | None,
 ) -> ModelFacts:
     try:
-        from baton.engine.engine import DEFAULT_KV_MEMORY_BYTES
+        from baton.engine.assembly import DEFAULT_KV_MEMORY_BYTES
         from baton.engine.model_config import load_model_config
         from baton.engine.runner import arena_layout
     except ModuleNotFoundError as error:

@@ -21,11 +21,13 @@ from cyclopts import Parameter
 
 from baton.cli.config_flags import with_flags
 from baton.cli.model_folder import resolve_model
+from baton.cli.progress import shown_progress
 from baton.common import failpoints
 from baton.common.clock import SystemClock
 from baton.common.config import RouterConfig, WorkerConfig, load
 from baton.common.errors import BatonError
 from baton.common.log import set_up_logging
+from baton.common.progress import Progress
 from baton.common.sampling import Role
 
 if TYPE_CHECKING:
@@ -44,7 +46,12 @@ ModelArgument = Annotated[
 ]
 
 
-WorkerBuilder = Callable[[WorkerConfig, Path], "WorkerServer"]
+class WorkerBuilder(Protocol):
+    """Makes the server of a role."""
+
+    def __call__(
+        self, config: WorkerConfig, model_folder: Path, /, *, progress: Progress
+    ) -> "WorkerServer": ...
 
 
 class Server(Protocol):
@@ -131,7 +138,7 @@ def _serve_worker(
     folder = resolve_model(config.model, config.revision)
 
     async def serve() -> int:
-        server = build(config, folder)
+        server = build(config, folder, progress=shown_progress())
 
         def addresses() -> dict[str, Any]:
             return {

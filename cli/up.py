@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import os
 import signal
 from dataclasses import asdict
@@ -85,6 +86,7 @@ def make_plan(
     check_level(str(shared["log_level"]))
     redis = shared.pop("redis", router.redis if _is_set(router, "redis") else None)
     own_flags = {name: value for name, value in given.items() if name not in _SHARED}
+    own_flags |= _gpu_share(worker, num_prefill + num_decode)
     threads = worker.num_threads or _threads_each(num_prefill + num_decode)
     plan = Plan(
         model=named,
@@ -109,6 +111,14 @@ def _with_defaults_of_the_shipped(given: dict[str, Any], folder: str) -> dict[st
     said = load(WorkerConfig, {**_of(WorkerConfig, given), "model": folder}).model_fields_set
     suited = {"served_model_name": SHIPPED_MODEL, "dtype": "float32"}
     return {**given, **{name: value for name, value in suited.items() if name not in said}}
+
+
+def _gpu_share(worker: WorkerConfig, num_workers: int) -> dict[str, Any]:
+    """Workers that nobody told how much to take share the first GPU, if there is one."""
+    is_told = {"gpu_memory_share", "kv_memory", "num_blocks"} & worker.model_fields_set
+    if is_told or worker.device == "cpu" or not any(Path("/dev").glob("nvidia[0-9]*")):
+        return {}
+    return {"gpu_memory_share": math.floor(100 / num_workers) / 100}
 
 
 def _of(kind: type[RouterConfig] | type[WorkerConfig], flags: dict[str, Any]) -> dict[str, Any]:

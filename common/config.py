@@ -98,7 +98,9 @@ class WorkerConfig(ClusterConfig):
     )
     block_size: int = Field(32, ge=1, le=1024, description="tokens per KV block")
     kv_memory: Annotated[int, BeforeValidator(_bytes)] | None = Field(
-        None, gt=0, description="bytes of KV arena"
+        None,
+        gt=0,
+        description="bytes of KV arena; default: 256M on a CPU, what is left on a GPU",
     )
     num_blocks: int | None = Field(None, gt=0, description="KV blocks, instead of --kv-memory")
     max_model_len: int | None = Field(None, gt=0, description="longest prompt plus output")
@@ -110,10 +112,14 @@ class WorkerConfig(ClusterConfig):
     )
     num_threads: int | None = Field(None, ge=1, description="torch threads")
     device: str = Field(
-        "cpu",
-        pattern=r"^(cpu|cuda(:\d+)?)$",
-        description="where the KV arena lies: cpu, cuda or cuda:N (the oracle model only, so far)",
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="auto (a GPU where there is one), cpu, cuda or cuda:N",
     )
+    gpu_memory_share: float = Field(
+        1.0, gt=0, le=1, description="of the GPU's memory, for workers that share it"
+    )
+    cuda_graphs: bool = Field(True, description="replay decode steps as CUDA graphs")
     kv_digest: bool = Field(
         False, description="digest every KV block, to find flipped bits as well as reused slots"
     )

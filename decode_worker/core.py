@@ -182,8 +182,8 @@ class DecodeCore:
         self._admit(now)
         for request in self.handovers.advance(now):
             self._joined(request)
-        if not self._engine.in_flight:
-            self._moves.begin()
+        self._moves.begin()
+        if self._engine.can_launch:
             self._decoding.launch()
             self._collect()
         if self._pace.is_report_due(now):

@@ -52,17 +52,25 @@ class Decoding:
         return any(self._runs(self._requests[key]) for key in self._scheduler.plan())
 
     def launch(self) -> None:
-        """Start the next iteration, if there is one to run."""
+        """Start the next iteration, if there is one to run, behind the one that runs."""
         self._flight.launch(self._rows())
 
     def collect(self) -> list[DecodeRequest]:
-        """The sequences that have a new token, once the iteration has ended."""
+        """The sequences that have a new token, once the oldest iteration has ended."""
         return [landed.request for landed in self._flight.collect() if landed.is_sampled]
 
     def _runs(self, request: DecodeRequest) -> bool:
-        """A router that does not read its stream pauses what is its own, and nothing else."""
+        """A router that does not read its stream pauses what is its own, and nothing else.
+
+        What is about to move comes to rest, with its newest token known.
+        """
+        sequence = request.sequence
         return (
-            request.state is DecodeState.RUNNING and request.router_id not in self._paused_routers
+            request.state is DecodeState.RUNNING
+            and request.router_id not in self._paused_routers
+            and sequence.num_pending > 0
+            and self._engine.can_continue(sequence)
+            and (request.move is None or sequence.num_pending > 1)
         )
 
     def _rows(self) -> list[tuple[DecodeRequest, int]]:
@@ -82,7 +90,7 @@ class Decoding:
             # A victim of an older one runs no more.
             if num_tokens == 0 or request.state is not DecodeState.RUNNING:
                 continue
-            if self._make_room(request, request.sequence.num_computed + num_tokens):
+            if self._make_room(request, request.sequence.num_launched + num_tokens):
                 rows.append((request, num_tokens))
         return rows
 

@@ -1,8 +1,8 @@
 """The source's side of a move: a running sequence stops, and another worker pulls its KV.
 
-The source stops at a step boundary and leases all that it has computed. When the target releases
-the lease because it has joined, the request is over here; when the lease ends in any other way, or
-the router says stay, the sequence runs again, as if nothing had been.
+The source stops between two steps of the sequence and leases all that it has computed. When the
+target releases the lease because it has joined, the request is over here; when the lease ends in
+any other way, or the router says stay, the sequence runs again, as if nothing had been.
 """
 
 import logging
@@ -42,7 +42,7 @@ class Moves:
         self._integrity = integrity
         self._end = end
         self._moving: dict[RequestKey, DecodeRequest] = {}
-        # Moves that begin at a step boundary.
+        # Moves that begin once the sequence is in no step.
         self._asked: dict[RequestKey, DecodeRequest] = {}
 
     def ask(self, move: Move) -> None:
@@ -55,15 +55,16 @@ class Moves:
         self._asked[request.key] = request
 
     def begin(self) -> None:
-        """At a step boundary: stop what was asked for, and lease it."""
+        """Lease what was asked for and has come to rest."""
         asked, self._asked = self._asked, {}
         for request in asked.values():
             assert request.move is not None, "what ended or stays was taken off the list"
             if request.state is not DecodeState.RUNNING:
                 # Preempted meanwhile: it holds nothing that could be pulled.
                 request.move = None
-            elif request.sequence.num_pending > 1:
-                # Computed again after a preemption: it goes once only its newest token is left.
+            elif request.sequence.num_in_flight or request.sequence.num_pending > 1:
+                # In a step, or computed again after a preemption: it goes once only its newest
+                # token is left.
                 self._asked[request.key] = request
             else:
                 self._lease(request, request.move)

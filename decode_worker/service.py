@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from baton.common.config import WorkerConfig
+from baton.common.progress import Progress, no_progress
 from baton.common.sampling import Role
 from baton.decode_worker.core import DecodeCore
 from baton.decode_worker.scheduler import DecodeScheduler
@@ -30,6 +31,7 @@ def decode_server(
     model_folder: Path,
     *,
     transport_factory: TransportFactory = open_transport,
+    progress: Progress = no_progress,
 ) -> WorkerServer:
     """A decode worker, not started yet."""
     return WorkerServer(
@@ -38,4 +40,5 @@ def decode_server(
         build_core,
         model_folder=model_folder,
         open_transport=transport_factory,
+        progress=progress,
     )

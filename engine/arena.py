@@ -154,8 +154,8 @@ def _cuda_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tor
         place = torch.device(device)
         if place.type != "cuda":
             raise ConfigError(
-                f"arena_device is {device!r}; it must be cpu, cuda or cuda:<ordinal>",
-                field="arena_device",
+                f"device is {device!r}; it must be cpu, cuda or cuda:<ordinal>",
+                field="device",
             )
         tensor = torch.zeros(shape, dtype=dtype, device=place)
         torch.cuda.synchronize(place)
@@ -164,7 +164,7 @@ def _cuda_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tor
         raise ConfigError(
             f"cannot make an arena of {prod(shape) * dtype.itemsize} bytes on {device!r} "
             f"({error}); name a device that this machine has, or use fewer blocks",
-            field="arena_device",
+            field="device",
         ) from error
     return tensor
 

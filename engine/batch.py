@@ -1,7 +1,7 @@
 """A step's chunks as flat tensors: what the forward needs to know, and nothing about requests.
 
     tokens   | row 0 | row 1 ......... | row 2 | ...      [T], rows in the order of the chunks
-    context  each row attends to [0, num_computed + num_tokens) of its own sequence
+    context  each row attends to [0, end) of its own sequence
 
 Rows with one token go through batched attention, the others one by one. This is on the path of
 every step: plain lists, and one array made of them; rows are too few for array arithmetic to pay.
@@ -57,6 +57,9 @@ class Batch:
     last_tokens: torch.Tensor
     # Slots of blocks that this step begins and does not fill.
     begun_slots: tuple[int, ...]
+    # Tokens whose ids are not known yet, with their places among those that the step before
+    # samples.
+    promised: tuple[tuple[int, int], ...]
 
     @property
     def num_tokens(self) -> int:
@@ -70,17 +73,20 @@ def build_batch(chunks: Ordered[Chunk], block_size: int, scratch_slot: Slot) -> 
     lens: list[int] = []
     last_tokens: list[int] = []
     begun_slots: list[int] = []
+    promised: list[tuple[int, int]] = []
     num_tokens = 0
     for chunk in chunks:
         sequence = chunk.sequence
-        start = sequence.num_computed
-        end = start + chunk.num_tokens
-        assert start < end <= len(sequence.tokens), "a chunk is of pending tokens"
+        start, end = chunk.start, chunk.end
+        assert start < end, "a chunk is of pending tokens"
         assert len(sequence.slots) * block_size >= end, "the slots must cover the chunk"
         starts.append(start)
         lens.append(chunk.num_tokens)
+        place = chunk.promise
+        if place is not None:
+            promised.append((num_tokens, place))
         num_tokens += chunk.num_tokens
-        if end == len(sequence.tokens):
+        if chunk.is_last:
             last_tokens.append(num_tokens - 1)
         last_block, filled = divmod(end, block_size)
         if filled and start <= end - filled:
@@ -99,6 +105,7 @@ def build_batch(chunks: Ordered[Chunk], block_size: int, scratch_slot: Slot) -> 
         prefill=prefill,
         last_tokens=torch.tensor(last_tokens, dtype=torch.int64),
         begun_slots=tuple(begun_slots),
+        promised=tuple(promised),
     )
 
 
@@ -121,15 +128,14 @@ def _flat_tokens(
     token_ids, positions, slots, offsets = columns
     for chunk, start, length in zip(chunks, starts, lens, strict=True):
         sequence = chunk.sequence
+        token_ids.extend(chunk.token_ids())
         if length == 1:
             block, offset = divmod(start, block_size)
-            token_ids.append(sequence.tokens[start])
             positions.append(start)
             slots.append(sequence.slots[block])
             offsets.append(offset)
         else:
             span = range(start, start + length)
-            token_ids.extend(sequence.tokens[start : start + length])
             positions.extend(span)
             slots.extend([sequence.slots[position // block_size] for position in span])
             offsets.extend([position % block_size for position in span])

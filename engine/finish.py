@@ -23,3 +23,11 @@ def finish_reason(
     if sequence.num_output >= sampling.max_tokens or len(sequence.tokens) >= max_model_len:
         return FinishReason.LENGTH
     return None
+
+
+def will_end(sequence: Sequence, max_model_len: int) -> bool:
+    """Whether the tokens that are promised end the sequence, whatever they turn out to be."""
+    return (
+        sequence.num_output + sequence.num_promised >= sequence.sampling.max_tokens
+        or len(sequence.tokens) + sequence.num_promised >= max_model_len
+    )

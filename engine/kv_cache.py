@@ -115,9 +115,7 @@ class KvCache:
         reports what the last reservation found.
         """
         slots, sequence.slots = sequence.slots, []
-        sequence.num_computed = 0
-        sequence.num_published = 0
-        sequence.num_releases += 1
+        sequence.lose_kv()
         # Leaf to root, so that each release of a node ends at once at its still busy parent.
         self._pool.unpin(reversed(slots))
 

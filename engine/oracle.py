@@ -27,7 +27,7 @@ import torch
 from baton.common.ids import BlockHash
 from baton.common.sampling import SamplingParams
 from baton.engine.finish import finish_reason
-from baton.engine.sampler import Sampler
+from baton.engine.sampler import Draw, Sampler
 from baton.engine.sequence import Sequence
 from baton.kernels.block_digest import GAMMA, MULTIPLIER_1, MULTIPLIER_2, WORD_BYTES
 
@@ -128,7 +128,7 @@ def oracle_sampled_answer(
     context = blake2b(model.kv_words(prompt, 0).tobytes(), digest_size=WORD_BYTES)
     while True:
         logits = torch.from_numpy(model.logits([context.digest()]))
-        [token] = sampler.sample(logits, [sequence])
+        [token] = sampler.sample(logits, [Draw.of(sequence)])
         sequence.tokens.append(token)
         if finish_reason(sequence, eos_token_ids, limit) is not None:
             return sequence.tokens[len(prompt) :]

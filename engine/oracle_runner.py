@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Final
 
 import numpy as np
@@ -30,12 +30,14 @@ ORACLE_MAX_DELAY_S: Final = 0.002
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A prepared step of T tokens; `contexts` are (table, length in tokens) of sampled rows."""
+    """A prepared step of T tokens; `contexts` are (table, length in tokens) of sampled rows,
+    `promised` (token, place among the tokens that the step before samples)."""
 
     token_T: Words
     position_T: npt.NDArray[np.int64]
     slot_T: npt.NDArray[np.int64]
     contexts: tuple[tuple[tuple[int, ...], int], ...]
+    promised: tuple[tuple[int, int], ...]
 
 
 class OracleRunner:
@@ -72,19 +74,14 @@ class OracleRunner:
 
     def prepare(self, chunks: Ordered[Chunk]) -> Forward:
         assert chunks, "an idle step launches nothing"
-        spans = [
-            (chunk.sequence.num_computed, chunk.sequence.num_computed + chunk.num_tokens)
-            for chunk in chunks
-        ]
+        spans = [(chunk.start, chunk.end) for chunk in chunks]
         tables = [
             chunk.sequence.slots[: -(-end // self._block_size)]
             for chunk, (_, end) in zip(chunks, spans, strict=True)
         ]
-        tokens = chain.from_iterable(
-            chunk.sequence.tokens[start:end]
-            for chunk, (start, end) in zip(chunks, spans, strict=True)
-        )
-        num_tokens = sum(chunk.num_tokens for chunk in chunks)
+        tokens = chain.from_iterable(chunk.token_ids() for chunk in chunks)
+        firsts = [0, *accumulate(chunk.num_tokens for chunk in chunks)]
+        num_tokens = firsts.pop()
         step = _Step(
             token_T=np.fromiter(tokens, np.uint64, num_tokens),
             position_T=np.concatenate([np.arange(*span, dtype=np.int64) for span in spans]),
@@ -100,10 +97,17 @@ class OracleRunner:
                 for chunk, table, (_, end) in zip(chunks, tables, spans, strict=True)
                 if chunk.is_last
             ),
+            promised=tuple(
+                (first, chunk.promise)
+                for first, chunk in zip(firsts, chunks, strict=True)
+                if chunk.promise is not None
+            ),
         )
         return partial(self._execute, step)
 
-    def _execute(self, step: _Step) -> torch.Tensor:
+    def _execute(self, step: _Step, sampled: Ordered[int] = ()) -> torch.Tensor:
+        for token, place in step.promised:
+            step.token_T[token] = sampled[place]
         with torch.inference_mode():
             self._write(step)
             digests = [context_digest(kv) for kv in self._read(step)]

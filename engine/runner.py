@@ -1,12 +1,11 @@
-"""From chunks to logits, in two halves: metadata on the caller's thread, the rest on the device.
+"""From chunks to logits on the host, in two halves: metadata at once, the rest on the device.
 
     prepare(chunks)   engine thread   reads the sequences, builds the batch; writes nothing
-    forward()         device          writes KV into the arena, returns logits
+    forward(sampled)  device          writes KV into the arena, returns logits
 
 The second half touches no sequence, so that they may change while a step is in flight.
 """
 
-from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from functools import partial
 from typing import Protocol
@@ -19,9 +18,17 @@ from baton.engine.model import Model
 from baton.engine.model_config import ModelConfig
 from baton.engine.sequence import Chunk
 
-# Runs a prepared step and returns fp32 `[n, vocab]`: in order, the logits after the newest token of
-# each chunk that is last. All that it writes is final when it returns.
-Forward = Callable[[], torch.Tensor]
+
+class Forward(Protocol):
+    """A prepared step."""
+
+    def __call__(self, sampled: Ordered[int] = ()) -> torch.Tensor:
+        """Run it: fp32 `[n, vocab]`, in order the logits after the newest token of each chunk that
+        is last. All that it writes is final when it returns.
+
+        `sampled` are the tokens of the step before, of which the chunks take what it promised.
+        """
+        ...
 
 
 class Runner(Protocol):
@@ -66,7 +73,9 @@ class ModelRunner:
         batch = build_batch(chunks, arena.layout.block_size, arena.scratch_slot)
         return partial(self._execute, batch)
 
-    def _execute(self, batch: Batch) -> torch.Tensor:
+    def _execute(self, batch: Batch, sampled: Ordered[int] = ()) -> torch.Tensor:
+        for token, place in batch.promised:
+            batch.token_ids[token] = sampled[place]
         logits = self._model.forward(batch, self._arena.tensor)
         self.tokens_forwarded += batch.num_tokens
         self.steps += 1

@@ -18,6 +18,8 @@ The position is the number of output tokens so far, so a retried request draws t
 
 from collections import Counter
 from collections.abc import Collection
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -29,6 +31,29 @@ from baton.engine.sequence import Sequence
 NEVER = float("-inf")
 
 
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What decides the next token of a sequence beside its logits, as of the launch of its step."""
+
+    sampling: SamplingParams
+    num_output: int
+    # Prompt and output, for what depends on them: empty where tokens were promised and unknown.
+    tokens: Ordered[int]
+    prompt_len: int
+
+    @classmethod
+    def of(cls, sequence: Sequence) -> "Draw":
+        """The draw after the newest token, known or promised."""
+        is_known = sequence.num_promised == 0
+        assert is_known or not sequence.sampling.has_penalties, "penalties wait for tokens"
+        return cls(
+            sequence.sampling,
+            sequence.num_output + sequence.num_promised,
+            sequence.tokens if is_known else (),
+            sequence.prompt_len,
+        )
+
+
 class Sampler:
     """Chooses the next token of each row. Keeps no state: all that decides is in the arguments."""
 
@@ -36,49 +61,49 @@ class Sampler:
         self._eos_token_ids = tuple(eos_token_ids)
 
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
-        """One token per sequence from fp32 logits `[n, vocab]`, which are left as they are."""
-        assert logits.shape[0] == len(sequences), "one row of logits per sequence"
-        if not sequences:
+    def sample(self, logits: torch.Tensor, draws: Ordered[Draw]) -> list[int]:
+        """One token per draw from fp32 logits `[n, vocab]`, which are left as they are."""
+        assert logits.shape[0] == len(draws), "one row of logits per draw"
+        if not draws:
             return []
-        plain = [self._is_plain_greedy(sequence) for sequence in sequences]
-        tokens: list[int] = logits.argmax(dim=-1).tolist() if any(plain) else [0] * len(sequences)
-        drawn: dict[int, torch.Tensor] = {}
-        for row, sequence in enumerate(sequences):
+        plain = [self._is_plain_greedy(draw) for draw in draws]
+        tokens: list[int] = logits.argmax(dim=-1).tolist() if any(plain) else [0] * len(draws)
+        filtered: dict[int, torch.Tensor] = {}
+        for row, draw in enumerate(draws):
             if plain[row]:
                 continue
-            scores = self._adjusted(logits[row], sequence)
-            if sequence.sampling.is_greedy:
+            scores = self._adjusted(logits[row], draw)
+            if draw.sampling.is_greedy:
                 tokens[row] = int(scores.argmax())
             else:
-                drawn[row] = _filtered(scores, sequence.sampling)
-        if drawn:
-            found = _draw(list(drawn.values()), [sequences[row] for row in drawn])
-            for row, token in zip(drawn, found, strict=True):
+                filtered[row] = _filtered(scores, draw.sampling)
+        if filtered:
+            found = _draw(list(filtered.values()), [draws[row] for row in filtered])
+            for row, token in zip(filtered, found, strict=True):
                 tokens[row] = token
         return tokens
 
-    def _is_plain_greedy(self, sequence: Sequence) -> bool:
-        sampling = sequence.sampling
+    def _is_plain_greedy(self, draw: Draw) -> bool:
+        sampling = draw.sampling
         return (
             sampling.is_greedy
             and not sampling.has_penalties
             and not sampling.logit_bias
-            and sequence.num_output >= sampling.min_tokens
+            and draw.num_output >= sampling.min_tokens
         )
 
-    def _adjusted(self, row: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+    def _adjusted(self, row: torch.Tensor, draw: Draw) -> torch.Tensor:
         """A copy of the row after bias, penalties and min_tokens."""
-        sampling = sequence.sampling
+        sampling = draw.sampling
         scores = row.clone()
         for token, bias in sampling.logit_bias:
             scores[token] += bias
         if sampling.repetition_penalty != 1.0:
-            _penalize_repetition(scores, sequence.tokens, sampling.repetition_penalty)
+            _penalize_repetition(scores, draw.tokens, sampling.repetition_penalty)
         if sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0:
-            output = sequence.tokens[sequence.prompt_len :]
+            output = draw.tokens[draw.prompt_len :]
             _penalize_output(scores, output, sampling.presence_penalty, sampling.frequency_penalty)
-        if sequence.num_output < sampling.min_tokens:
+        if draw.num_output < sampling.min_tokens:
             stops = {*self._eos_token_ids, *sampling.stop_token_ids}
             scores[[token for token in stops if 0 <= token < scores.shape[0]]] = NEVER
         return scores
@@ -122,14 +147,14 @@ def keep_min_p(scores: torch.Tensor, min_p: float) -> torch.Tensor:
     return scores.masked_fill(probabilities < min_p * probabilities.max(), NEVER)
 
 
-def _penalize_repetition(scores: torch.Tensor, tokens: list[int], penalty: float) -> None:
+def _penalize_repetition(scores: torch.Tensor, tokens: Ordered[int], penalty: float) -> None:
     seen = torch.tensor(sorted(set(tokens)), dtype=torch.int64, device=scores.device)
     values = scores[seen]
     scores[seen] = torch.where(values > 0, values / penalty, values * penalty)
 
 
 def _penalize_output(
-    scores: torch.Tensor, output: list[int], presence: float, frequency: float
+    scores: torch.Tensor, output: Ordered[int], presence: float, frequency: float
 ) -> None:
     counts = Counter(output)
     seen = torch.tensor(list(counts), dtype=torch.int64, device=scores.device)
@@ -137,13 +162,13 @@ def _penalize_output(
     scores[seen] -= presence + frequency * times
 
 
-def _draw(scores: list[torch.Tensor], sequences: list[Sequence]) -> list[int]:
+def _draw(scores: list[torch.Tensor], draws: list[Draw]) -> list[int]:
     """Gumbel-max of each row; noise is computed for tokens that are still possible alone."""
     values = torch.stack(scores).cpu().numpy()
     rows, token_ids = np.nonzero(values > NEVER)
-    assert np.unique(rows).size == len(sequences), "no token is possible: logits are not numbers"
-    seeds = np.array([sequence.sampling.seed for sequence in sequences], dtype=np.uint64)
-    positions = np.array([sequence.num_output for sequence in sequences], dtype=np.uint32)
+    assert np.unique(rows).size == len(draws), "no token is possible: logits are not numbers"
+    seeds = np.array([draw.sampling.seed for draw in draws], dtype=np.uint64)
+    positions = np.array([draw.num_output for draw in draws], dtype=np.uint32)
     values[rows, token_ids] += gumbel_at(seeds[rows], positions[rows], token_ids.astype(np.uint32))
     found: list[int] = values.argmax(axis=-1).tolist()
     return found

@@ -2,6 +2,9 @@
 
 q, k and v are fused into one matrix, gate and up into another; each tensor of the file is copied
 into its place, so that no more than one of them is in memory twice.
+
+On a CPU matrices are `[in, out]`, the transpose of the file's, since few rows multiply faster so;
+on a GPU they are `[out, in]`, as its kernels stream them.
 """
 
 from collections.abc import Callable
@@ -12,19 +15,18 @@ from typing import Final
 
 import torch
 
+from baton.common.progress import Progress, no_progress
 from baton.engine.checkpoint import EMBEDDING, LM_HEAD, Checkpoint, LoadFormat
 from baton.engine.model_config import ModelConfig
 
 DUMMY_SEED: Final = 0
 DUMMY_STD: Final = 0.02
+CPU: Final = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
-    """Matrices are `[in, out]`, the transpose of the file's: on a CPU few rows multiply faster so.
-
-    D head_dim, H query heads, K KV heads, F intermediate size.
-    """
+    """D head_dim, H query heads, K KV heads, F intermediate size. Shapes are a CPU's."""
 
     input_norm: torch.Tensor
     # `[hidden, (H + 2 K) D]`: q, then k, then v.
@@ -44,7 +46,8 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelWeights:
-    """`embedding` is `[vocab, hidden]`, `lm_head` `[hidden, vocab]`: when tied, a view of it."""
+    """`embedding` is `[vocab, hidden]`, `lm_head` a matrix from hidden to vocab: when tied, a view
+    of the embedding."""
 
     embedding: torch.Tensor
     layers: tuple[LayerWeights, ...]
@@ -57,18 +60,23 @@ Source = Callable[[str, torch.Tensor], None]
 
 
 def load_weights(
-    folder: Path, config: ModelConfig, load_format: LoadFormat = "safetensors"
+    folder: Path,
+    config: ModelConfig,
+    load_format: LoadFormat = "safetensors",
+    *,
+    device: torch.device = CPU,
+    progress: Progress = no_progress,
 ) -> ModelWeights:
-    """Every tensor that `config` calls for, in its dtype.
+    """Every tensor that `config` calls for, in its dtype, on `device`.
 
     Raises `ModelError`, naming file and tensor, when one is missing, misshapen or not called for,
     and when a file is missing, truncated or broken.
     """
     if load_format == "dummy":
-        return _Assembly(_dummy_source(), config).model()
+        return _Assembly(_dummy_source(device), config, device, progress).model()
     with ExitStack() as open_files:
         checkpoint = Checkpoint(folder, config, open_files)
-        weights = _Assembly(checkpoint.fill, config).model()
+        weights = _Assembly(checkpoint.fill, config, device, progress).model()
         checkpoint.refuse_leftovers()
     return weights
 
@@ -76,23 +84,39 @@ def load_weights(
 class _Assembly:
     """Makes the tensors of a model out of one source."""
 
-    def __init__(self, source: Source, config: ModelConfig) -> None:
+    def __init__(
+        self, source: Source, config: ModelConfig, device: torch.device, progress: Progress
+    ) -> None:
         self._source = source
         self._config = config
+        self._device = device
+        self._progress = progress
 
     def model(self) -> ModelWeights:
         config = self._config
-        embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=config.torch_dtype)
+        embedding = self._empty(config.vocab_size, config.hidden_size)
         self._source(EMBEDDING, embedding)
-        lm_head = embedding.T
+        lm_head = embedding.T if self._is_transposed else embedding
         if not config.tie_word_embeddings:
             lm_head = self._fused({LM_HEAD: config.vocab_size}, config.hidden_size)
         return ModelWeights(
             embedding=embedding,
-            layers=tuple(self._layer(f"model.layers.{i}.") for i in range(config.num_layers)),
+            layers=tuple(self._nth_layer(index) for index in range(config.num_layers)),
             norm=self._joined({"model.norm.weight": config.hidden_size}),
             lm_head=lm_head,
         )
+
+    @property
+    def _is_transposed(self) -> bool:
+        return self._device.type == "cpu"
+
+    def _empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=self._config.torch_dtype, device=self._device)
+
+    def _nth_layer(self, index: int) -> LayerWeights:
+        layer = self._layer(f"model.layers.{index}.")
+        self._progress("loading weights", index + 1, self._config.num_layers)
+        return layer
 
     def _layer(self, prefix: str) -> LayerWeights:
         config, fused, joined = self._config, self._fused, self._joined
@@ -133,17 +157,20 @@ class _Assembly:
         )
 
     def _fused(self, parts: dict[str, int], in_size: int) -> torch.Tensor:
-        """`[in, sum of outs]` from the named `[out, in]` matrices, side by side."""
-        whole = torch.empty(in_size, sum(parts.values()), dtype=self._config.torch_dtype)
+        """`[in, sum of outs]` from the named `[out, in]` matrices, side by side; on a GPU
+        `[sum of outs, in]`."""
+        width = sum(parts.values())
+        whole = self._empty(in_size, width) if self._is_transposed else self._empty(width, in_size)
+        rows = whole.T if self._is_transposed else whole
         first = 0
         for name, out_size in parts.items():
-            self._source(name, whole[:, first : first + out_size].T)
+            self._source(name, rows[first : first + out_size])
             first += out_size
         return whole
 
     def _joined(self, parts: dict[str, int]) -> torch.Tensor:
         """The named vectors, end to end."""
-        whole = torch.empty(sum(parts.values()), dtype=self._config.torch_dtype)
+        whole = self._empty(sum(parts.values()))
         first = 0
         for name, size in parts.items():
             self._source(name, whole[first : first + size])
@@ -151,15 +178,16 @@ class _Assembly:
         return whole
 
 
-def _dummy_source() -> Source:
-    """Norms are one, all else is normal with deviation 0.02: the same for the same config."""
-    generator = torch.Generator().manual_seed(DUMMY_SEED)
+def _dummy_source(device: torch.device) -> Source:
+    """Norms are one, all else is normal with deviation 0.02: the same for the same config on the
+    same kind of device."""
+    generator = torch.Generator(device).manual_seed(DUMMY_SEED)
 
     def fill(name: str, place: torch.Tensor) -> None:
         if name.endswith("norm.weight"):
             place.fill_(1.0)
         else:
-            drawn = torch.empty(place.shape, dtype=torch.float32)
+            drawn = torch.empty(place.shape, dtype=torch.float32, device=device)
             place.copy_(drawn.normal_(0.0, DUMMY_STD, generator=generator))
 
     return fill

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from baton.kernels.attention_arguments import check_attention_arguments
-from baton.kernels.decode_work import DecodeWork
+from baton.kernels.decode_merge import fold_block, load_entry, merge_kernel
+from baton.kernels.decode_work import SETTLED, DecodeWork
 from baton.kernels.jit import (
     can_overlap_launches,
     gdc_launch_dependents,
@@ -38,6 +39,7 @@ from baton.kernels.softmax_state import LOG2_E, begin, finish, fold, nothing
 
 # A merge has the loads of so many pieces under way while it folds as many before them.
 MERGE_AHEAD = 16
+_SETTLED = tl.constexpr(SETTLED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,7 @@ def decode_attention_triton(
         **shared,
     )  # fmt: skip
     if work.num_merges:
-        _merge_kernel[(num_heads, work.num_merges)](
+        merge_kernel[(num_heads, work.num_merges)](
             work.lists, out, lse_out, work.pieces, work.piece_max, work.piece_sum,
             1 + work.num_items,
             NUM_HEADS=num_heads, SEGMENT_BLOCKS=work.segment // work.block, AHEAD=MERGE_AHEAD,
@@ -168,26 +170,46 @@ def _decode_kernel(
     HAS_LSE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program j: item j // K for KV head j % K. The G query heads of a KV head are the rows of the
-    tile, padded to the 16 of an MMA."""
+    tile, padded to the 16 of an MMA.
+
+    All KV but that of a row's newest token was complete before the step began. The first block of
+    an item is therefore on its way before the kernels ahead have ended.
+    """
     if PDL:
         gdc_launch_dependents()
     job = tl.program_id(0)
     num_items = tl.load(lists)
-    row, first, end, piece = _load_entry(lists + 4 + 4 * (job // NUM_KV_HEADS))
-    row, piece = row.to(tl.int64), piece.to(tl.int64)
+    row, first, end, piece = load_entry(lists + 4 + 4 * (job // NUM_KV_HEADS))
+    is_used = job < num_items * NUM_KV_HEADS
+    is_settled = row >= _SETTLED
+    row = tl.where(is_settled, row - _SETTLED, row).to(tl.int64)
+    piece = piece.to(tl.int64)
+    kv_head = job % NUM_KV_HEADS
+    head_kv = layer_kv + kv_head.to(tl.int64) * head_stride
+    table_row = table + row * table_stride
+    has_lead = is_used & (is_settled | (end - first > BLOCK_N)) & (end - first >= BLOCK_N)
+    if WINDOWED:
+        has_lead &= first % BLOCK_N == 0
+    lead_end = tl.where(has_lead, first + BLOCK_N, first)
+    k_ND, v_ND = _load_lead(
+        head_kv, table_row, first, lead_end, slot_stride, HEAD_DIM, DIM_PADDED, BLOCK_SIZE, BLOCK_N
+    )
     if PDL:
         gdc_wait()
-    if job < num_items * NUM_KV_HEADS:
-        kv_head = job % NUM_KV_HEADS
+    if is_used:
         member = tl.arange(0, GROUP_PADDED)
         dim = tl.arange(0, DIM_PADDED)
         mask = (member < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
         head = kv_head * GROUP + member
         place = head[:, None] * HEAD_DIM + dim[None, :]
         q_GD = tl.load(q + row * q_stride + place, mask=mask, other=0.0)
+        merged = nothing(GROUP_PADDED, DIM_PADDED)
+        part = nothing(GROUP_PADDED, DIM_PADDED)
+        if has_lead:
+            block = _attend_block(q_GD, k_ND, v_ND, scale_log2)
+            merged, part = fold_block(merged, part, block, lead_end, SEGMENT)
         attended, row_max, row_sum = _attend(
-            q_GD, layer_kv + kv_head.to(tl.int64) * head_stride, table + row * table_stride,
-            first, end, slot_stride, scale_log2,
+            q_GD, (merged, part), head_kv, table_row, lead_end, end, slot_stride, scale_log2,
             HEAD_DIM, BLOCK_SIZE, BLOCK_N, SEGMENT, WINDOWED,
         )  # fmt: skip
         width: tl.constexpr = NUM_KV_HEADS * GROUP
@@ -204,18 +226,42 @@ def _decode_kernel(
 
 
 @jit
+def _load_lead(
+    head_kv, table_row, first, end, slot_stride,
+    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """K and V of the whole block `[first, end)`; nothing is read where that is empty."""
+    nth = tl.arange(0, BLOCK_N)
+    seen = first + nth < end
+    slot = tl.load(table_row + (first + nth) // BLOCK_SIZE, mask=seen, other=0)
+    offset = token_offsets(slot, first + nth, slot_stride, BLOCK_SIZE, HEAD_DIM)
+    v_offset: tl.constexpr = BLOCK_SIZE * HEAD_DIM
+    k_ND = load_tokens(head_kv, offset, seen, True, HEAD_DIM, DIM_PADDED)
+    v_ND = load_tokens(head_kv + v_offset, offset, seen, True, HEAD_DIM, DIM_PADDED)
+    return k_ND, v_ND
+
+
+@jit
+def _attend_block(q_GD, k_ND, v_ND, scale_log2):
+    """The state of a whole block."""
+    scores = tl.dot(q_GD, k_ND.T, input_precision="ieee")
+    weights, block_max, block_sum = begin(scores, scale_log2)
+    values = tl.dot(weights.to(v_ND.dtype), v_ND, input_precision="ieee")
+    return values, block_max, block_sum
+
+
+@jit
 def _attend(
-    q_GD, head_kv, table_row, first, end, slot_stride, scale_log2,
+    q_GD, state, head_kv, table_row, first, end, slot_stride, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
     SEGMENT: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """The softmax state of the tokens `[first, end)`: blocks fold into segments, those into the
-    row. Whether a block is whole, and thus how it is computed, is the row's affair, not the
-    item's: items end inside a block only where the row does."""
-    GROUP_PADDED: tl.constexpr = q_GD.shape[0]
+    """The softmax state of the tokens `[first, end)` behind `state`: blocks fold into segments,
+    those into the row. Whether a block is whole, and thus how it is computed, is the row's affair,
+    not the item's: items end inside a block only where the row does."""
     DIM_PADDED: tl.constexpr = q_GD.shape[1]
-    row = nothing(GROUP_PADDED, DIM_PADDED)
-    part = nothing(GROUP_PADDED, DIM_PADDED)
+    row, part = state
     nth = tl.arange(0, BLOCK_N)
     v_offset: tl.constexpr = BLOCK_SIZE * HEAD_DIM
     start = first
@@ -226,7 +272,7 @@ def _attend(
                 q_GD, head_kv, table_row, start, first, end, slot_stride, scale_log2,
                 HEAD_DIM, BLOCK_SIZE, BLOCK_N,
             )  # fmt: skip
-            row, part = _fold_block(row, part, block, start + BLOCK_N, SEGMENT)
+            row, part = fold_block(row, part, block, start + BLOCK_N, SEGMENT)
             start += BLOCK_N
     full_end = start + tl.maximum(end - start, 0) // BLOCK_N * BLOCK_N
     # Slots are loaded an iteration ahead: the pipeline would halve the tiles in flight if the place
@@ -239,18 +285,15 @@ def _attend(
         offset = token_offsets(slot, place, slot_stride, BLOCK_SIZE, HEAD_DIM)
         k_ND = load_tokens(head_kv, offset, True, False, HEAD_DIM, DIM_PADDED)
         v_ND = load_tokens(head_kv + v_offset, offset, True, False, HEAD_DIM, DIM_PADDED)
-        scores = tl.dot(q_GD, k_ND.T, input_precision="ieee")
-        weights, block_max, block_sum = begin(scores, scale_log2)
-        values = tl.dot(weights.to(v_ND.dtype), v_ND, input_precision="ieee")
-        block = (values, block_max, block_sum)
-        row, part = _fold_block(row, part, block, token + BLOCK_N, SEGMENT)
+        block = _attend_block(q_GD, k_ND, v_ND, scale_log2)
+        row, part = fold_block(row, part, block, token + BLOCK_N, SEGMENT)
         slot = next_slot
     if full_end < end:
         block = _attend_block_in_part(
             q_GD, head_kv, table_row, full_end, full_end, end, slot_stride, scale_log2,
             HEAD_DIM, BLOCK_SIZE, BLOCK_N,
         )  # fmt: skip
-        row, part = _fold_block(row, part, block, full_end + BLOCK_N, SEGMENT)
+        row, part = fold_block(row, part, block, full_end + BLOCK_N, SEGMENT)
     return fold(row, part)
 
 
@@ -261,16 +304,6 @@ def _load_slots_of_block(table_row, start, end, BLOCK_SIZE: tl.constexpr, BLOCK_
     if BLOCK_N % BLOCK_SIZE == 0:
         return load_slots(table_row + start // BLOCK_SIZE, nth, end - start, BLOCK_SIZE)
     return load_slots(table_row, start + nth, end, BLOCK_SIZE)
-
-
-@jit
-def _fold_block(row, part, block, end, SEGMENT: tl.constexpr):
-    """Fold a block that ends at `end` into its segment, and that into the row where both end."""
-    part = fold(part, block)
-    if end % SEGMENT == 0:
-        row = fold(row, part)
-        part = nothing(part[0].shape[0], part[0].shape[1])
-    return row, part
 
 
 @jit
@@ -291,79 +324,3 @@ def _attend_block_in_part(
     weights, block_max, block_sum = begin(scores, scale_log2)
     values = tl.dot(weights.to(v_ND.dtype), v_ND, input_precision="ieee")
     return values, block_max, block_sum
-
-
-@triton.jit(do_not_specialize=["merges_at"])
-def _merge_kernel(
-    lists, out, lse_out, pieces, piece_max, piece_sum, merges_at,
-    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
-    SEGMENT_BLOCKS: tl.constexpr, AHEAD: tl.constexpr, HAS_LSE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Program (h, i): query head h of merge i, folded piece after piece by one warp."""
-    if PDL:
-        gdc_launch_dependents()
-    head = tl.program_id(0)
-    entry = lists + 4 * (merges_at + tl.program_id(1))
-    num_merges = tl.load(lists + 1)
-    row, first, count, before = _load_entry(entry)
-    if PDL:
-        # Also where nothing is merged: whoever waits for this kernel waits for those before it.
-        gdc_wait()
-    if tl.program_id(1) < num_merges:
-        end = first + count
-        merged = nothing(1, DIM_PADDED)
-        part = nothing(1, DIM_PADDED)
-        states = _load_pieces(
-            pieces, piece_max, piece_sum, first, end, head, NUM_HEADS, HEAD_DIM, DIM_PADDED, AHEAD
-        )
-        for start in range(first, end, AHEAD):
-            following = _load_pieces(
-                pieces, piece_max, piece_sum, start + AHEAD, end, head,
-                NUM_HEADS, HEAD_DIM, DIM_PADDED, AHEAD,
-            )  # fmt: skip
-            if before < 0:
-                for nth in tl.static_range(AHEAD):
-                    merged = fold(merged, states[nth])
-            else:
-                done = before + start - first
-                for nth in tl.static_range(AHEAD):
-                    merged, part = _fold_block(
-                        merged, part, states[nth], done + nth + 1, SEGMENT_BLOCKS
-                    )
-            states = following
-        attended, row_max, row_sum = fold(merged, part)
-        o, lse = finish(attended, row_max, row_sum)
-        dim = tl.arange(0, DIM_PADDED)[None, :]
-        place = row.to(tl.int64) * NUM_HEADS + head
-        tl.store(out + place * HEAD_DIM + dim, o.to(out.dtype.element_ty), mask=dim < HEAD_DIM)
-        if HAS_LSE:
-            tl.store(lse_out + place + tl.arange(0, 1), lse)
-
-
-@jit
-def _load_entry(entry):
-    """The four numbers of an entry of the lists, which may be read before `gdc_wait()`: a copy from
-    the host wrote them, and no kernel starts before that has ended."""
-    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
-
-
-@jit
-def _load_pieces(
-    pieces, piece_max, piece_sum, start, end, head,
-    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
-    """The states of the pieces `[start, start + AHEAD)`; of nothing from `end` on."""
-    dim = tl.arange(0, DIM_PADDED)[None, :]
-    no_values, no_max, no_sum = nothing(1, DIM_PADDED)
-    piece = start + tl.arange(0, 1)
-    place = piece.to(tl.int64) * NUM_HEADS + head
-    states = ()
-    for nth in tl.static_range(AHEAD):
-        seen = piece + nth < end
-        mask = seen[:, None] & (dim < HEAD_DIM)
-        at = place + nth * NUM_HEADS
-        values = tl.load(pieces + at[:, None] * HEAD_DIM + dim, mask=mask, other=no_values)
-        row_max = tl.load(piece_max + at, mask=seen, other=no_max)
-        row_sum = tl.load(piece_sum + at, mask=seen, other=no_sum)
-        states += ((values, row_max, row_sum),)  # type: ignore[assignment]
-    return states

@@ -33,14 +33,18 @@ RESIDENT_PROGRAMS: Final = 264
 SEGMENT_PROGRAMS: Final = 64
 
 
+# Of an item that lacks the token which this step writes: its KV was complete before the step.
+SETTLED: Final = 1 << 30
+
+
 @dataclass(frozen=True, slots=True)
 class DecodeWork:
     """What the programs of a step do. Sizes are capacities: a CUDA graph replays other lists.
 
     `lists` is int32 `[1 + num_items + num_merges, 4]`:
     row 0: items and merges in use, 0, 0;
-    then the items, longest first: row of the batch, first token, end, piece (-1: the row's only
-    one, which writes the result itself);
+    then the items, longest first: row of the batch (plus SETTLED if the row's newest token is not
+    in it), first token, end, piece (-1: the row's only one, which writes the result itself);
     from row 1 + num_items on the merges: row of the batch, first piece, pieces, and how many blocks
     of its segment lie before the first piece (-1: the pieces are segments).
     """
@@ -77,12 +81,10 @@ def reserve_decode_work(
         lists=torch.zeros(1 + num_items + num_merges, 4, dtype=torch.int32, device=device),
         num_items=num_items,
         num_merges=num_merges,
-        pieces=torch.empty(num_pieces, num_heads, head_dim, device=device),
-        piece_max=torch.empty(num_pieces, num_heads, device=device),
-        piece_sum=torch.empty(num_pieces, num_heads, device=device),
         window=window,
         block=block,
         segment=segment,
+        **_pieces(num_pieces, num_heads, head_dim, device),
     )
 
 
@@ -125,29 +127,103 @@ def plan_decode_work(
     `grain` None picks by `choose_grain`. One copy to the device, which the host does not wait for.
     `into` keeps its addresses, sizes and window; it must be large enough.
     """
+    listed = list_decode_work(
+        context_lens, num_kv_heads, window=window, grain=grain, block=block, segment=segment
+    )
+    if into is None:
+        into = reserve_decode_work(
+            listed.num_items, listed.num_merges, listed.num_pieces, num_heads, head_dim,
+            device=device, window=window, block=block, segment=segment,
+        )  # fmt: skip
+    assert into.pieces.shape[1:] == (num_heads, head_dim), "reserved for these heads"
+    fill_decode_work(into, listed)
+    return into
+
+
+@dataclass(frozen=True, slots=True)
+class ListedWork:
+    """The work of a step on the host: `items` int64 `[I, 4]` and `merges` `[M, 4]` of
+    `DecodeWork.lists`."""
+
+    items: NDArray[np.int64]
+    merges: NDArray[np.int64]
+    window: int | None
+    block: int
+    segment: int
+
+    @property
+    def num_items(self) -> int:
+        return len(self.items)
+
+    @property
+    def num_merges(self) -> int:
+        return len(self.merges)
+
+    @property
+    def num_pieces(self) -> int:
+        return int(self.merges[:, 2].sum())
+
+
+def list_decode_work(
+    context_lens: Sequence[int] | torch.Tensor,
+    num_kv_heads: int,
+    *,
+    window: int | None = None,
+    grain: Grain | None = None,
+    block: int = BLOCK,
+    segment: int = SEGMENT,
+) -> ListedWork:
+    """The first half of `plan_decode_work`, without a device."""
     context_S = np.asarray(context_lens, dtype=np.int64)
     first_S = np.maximum(context_S - window, 0) if window is not None else np.zeros_like(context_S)
     grain = grain or choose_grain(context_S, first_S, num_kv_heads, segment)
     items, merges = _list_items(context_S, first_S, grain, block, segment)
-    num_pieces = int(merges[:, 2].sum())
-    if into is None:
-        into = reserve_decode_work(
-            len(items), len(merges), num_pieces, num_heads, head_dim,
-            device=device, window=window, block=block, segment=segment,
-        )  # fmt: skip
-    assert into.pieces.shape[1:] == (num_heads, head_dim), "reserved for these heads"
-    assert into.window == window, "a graph keeps the window that it was captured with"
-    assert (into.block, into.segment) == (block, segment), "a row's bits depend on them"
-    assert len(items) <= into.num_items, "more items than reserved"
-    assert len(merges) <= into.num_merges, "more merges than reserved"
-    assert num_pieces <= len(into.piece_max), "more pieces than reserved"
-    lists = torch.zeros(into.lists.shape, dtype=torch.int32, pin_memory=into.lists.is_cuda)
-    lists[0, 0], lists[0, 1] = len(items), len(merges)
-    lists[1 : 1 + len(items)] = torch.from_numpy(items)
-    merges_at = 1 + into.num_items
-    lists[merges_at : merges_at + len(merges)] = torch.from_numpy(merges)
-    into.lists.copy_(lists, non_blocking=True)
-    return into
+    return ListedWork(items, merges, window, block, segment)
+
+
+def fill_decode_work(into: DecodeWork, listed: ListedWork) -> None:
+    """The second half: one copy to the device, which the host does not wait for."""
+    assert into.window == listed.window, "a graph keeps the window that it was captured with"
+    assert (into.block, into.segment) == (listed.block, listed.segment), "bits depend on them"
+    packed = torch.from_numpy(pack_lists(listed, into.num_items, into.num_merges))
+    assert listed.num_pieces <= len(into.piece_max), "more pieces than reserved"
+    if into.lists.is_cuda:
+        packed = packed.pin_memory()
+    into.lists.copy_(packed, non_blocking=True)
+
+
+def pack_lists(listed: ListedWork, num_items: int, num_merges: int) -> NDArray[np.int32]:
+    """`DecodeWork.lists` with room for so many items and merges, on the host."""
+    assert listed.num_items <= num_items, "more items than reserved"
+    assert listed.num_merges <= num_merges, "more merges than reserved"
+    rows = np.zeros((1 + num_items + num_merges, 4), dtype=np.int32)
+    rows[0, :2] = (listed.num_items, listed.num_merges)
+    rows[1 : 1 + listed.num_items] = listed.items
+    rows[1 + num_items : 1 + num_items + listed.num_merges] = listed.merges
+    return rows
+
+
+def work_over(lists: torch.Tensor, listed: ListedWork, num_heads: int, head_dim: int) -> DecodeWork:
+    """The work of `listed`, whose packed `lists` are on the device without room for more."""
+    return DecodeWork(
+        lists=lists,
+        num_items=listed.num_items,
+        num_merges=listed.num_merges,
+        window=listed.window,
+        block=listed.block,
+        segment=listed.segment,
+        **_pieces(listed.num_pieces, num_heads, head_dim, lists.device),
+    )
+
+
+def _pieces(
+    count: int, num_heads: int, head_dim: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    return {
+        "pieces": torch.empty(count, num_heads, head_dim, device=device),
+        "piece_max": torch.empty(count, num_heads, device=device),
+        "piece_sum": torch.empty(count, num_heads, device=device),
+    }
 
 
 def choose_grain(
@@ -197,7 +273,8 @@ def _list_items(
     start = np.maximum(start, first_S[row])
     piece = np.where(merged_S[row], first_piece_S[row] + nth, -1)
     longest_first = np.argsort(start - end, kind="stable")
-    items = np.stack([row, start, end, piece], axis=1)[longest_first]
+    marked = np.where(end < context_S[row], row + SETTLED, row)
+    items = np.stack([marked, start, end, piece], axis=1)[longest_first]
     merged = np.flatnonzero(merged_S)
     before = first_unit_S[merged] % (segment // block) if grain == "block" else -1
     before = np.broadcast_to(before, merged.shape)

@@ -147,7 +147,7 @@ class PrefillCore:
         self._collect()
         self._sweep(now)
         self._admit(now)
-        if not self._engine.in_flight:
+        if self._engine.can_launch:
             self._launch()
             self._collect()
         if self._pace.is_report_due(now):

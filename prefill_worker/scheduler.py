@@ -31,8 +31,9 @@ class PrefillScheduler:
         self._budget = max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
         self._waiting: list[WaitingPrompt] = []
-        # Tokens left to compute, in order of admission.
+        # Tokens left to compute, in order of admission; and those of them that no step computes.
         self._running: dict[RequestKey, int] = {}
+        self._unplanned: dict[RequestKey, int] = {}
 
     @property
     def num_waiting(self) -> int:
@@ -62,22 +63,28 @@ class PrefillScheduler:
         assert self._waiting[0].key == key, "only the head is admitted"
         assert num_tokens >= 1, "the last prompt token is always computed"
         del self._waiting[0]
-        self._running[key] = num_tokens
+        self._running[key] = self._unplanned[key] = num_tokens
 
     def remove(self, key: RequestKey) -> None:
         """Forget a request wherever it is; unknown ones are no error."""
+        self._unplanned.pop(key, None)
         if self._running.pop(key, None) is None:
             self._waiting = [prompt for prompt in self._waiting if prompt.key != key]
 
     def plan(self) -> list[PlannedChunk]:
-        """The chunks of the next step, oldest first, within the token budget."""
+        """The chunks of the next step, oldest first, within the token budget. They are under way
+        from now on, and their tokens in no later plan."""
         chunks: list[PlannedChunk] = []
         left = self._budget
-        for key, remaining in self._running.items():
+        for key, unplanned in self._unplanned.items():
             if left == 0:
                 break
-            chunks.append(PlannedChunk(key, min(left, remaining)))
+            chunks.append(PlannedChunk(key, min(left, unplanned)))
             left -= chunks[-1].num_tokens
+        for chunk in chunks:
+            self._unplanned[chunk.key] -= chunk.num_tokens
+            if not self._unplanned[chunk.key]:
+                del self._unplanned[chunk.key]
         return chunks
 
     def computed(self, chunk: PlannedChunk) -> bool:

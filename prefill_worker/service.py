@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from baton.common.config import WorkerConfig
+from baton.common.progress import Progress, no_progress
 from baton.common.sampling import Role
 from baton.kvtransfer.transport.open import open_transport
 from baton.prefill_worker.core import PrefillCore
@@ -31,6 +32,7 @@ def prefill_server(
     model_folder: Path,
     *,
     transport_factory: TransportFactory = open_transport,
+    progress: Progress = no_progress,
 ) -> WorkerServer:
     """A prefill worker, not started yet."""
     return WorkerServer(
@@ -39,4 +41,5 @@ def prefill_server(
         build_core,
         model_folder=model_folder,
         open_transport=transport_factory,
+        progress=progress,
     )

@@ -1,5 +1,6 @@
-"""A step of the engine, seen from the role: which requests are in it, and what it cost them."""
+"""Steps of the engine, seen from the role: which requests are in them, and what they cost."""
 
+from collections import deque
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -32,34 +33,35 @@ class Landed(Generic[Request]):
 
 
 class Flight(Generic[Request]):
-    """The step in flight, at most one. Engine thread only."""
+    """The steps in flight, oldest first. Engine thread only."""
 
     def __init__(self, engine: Engine, clock: Clock) -> None:
         self._engine = engine
         self._clock = clock
-        self._rows: list[tuple[Request, int]] = []
-        self._launched_at = 0.0
+        self._steps: deque[tuple[list[tuple[Request, int]], float]] = deque()
+        self._collected_at = 0.0
 
     def launch(self, rows: Ordered[tuple[Request, int]]) -> None:
         """Forward the next so many tokens of each request; without any there is no step."""
         if not rows:
             return
-        self._rows = list(rows)
-        self._launched_at = self._clock.monotonic()
         self._engine.launch([Chunk(request.sequence, count) for request, count in rows])
+        self._steps.append((list(rows), self._clock.monotonic()))
 
     def collect(self) -> list[Landed[Request]]:
-        """What has ended with the step; requests that ended before it did are left out.
+        """What has ended with the oldest step; requests that ended before it did are left out.
 
-        The time is shared out by tokens.
+        The time since its launch, or since the step before it if that ended later, is shared out
+        by tokens.
         """
         results = self._engine.collect()
-        if results is None or not self._rows:
+        if results is None or not self._steps:
             return []
-        rows, self._rows = self._rows, []
-        seconds_per_token = (self._clock.monotonic() - self._launched_at) / sum(
-            count for _, count in rows
-        )
+        rows, launched_at = self._steps.popleft()
+        now = self._clock.monotonic()
+        took_s = now - max(launched_at, self._collected_at)
+        self._collected_at = now
+        seconds_per_token = took_s / sum(count for _, count in rows)
         tokens = dict(results)
         landed = []
         for request, count in rows:

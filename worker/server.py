@@ -21,10 +21,12 @@ from baton.common.grpc_server import GrpcServer
 from baton.common.ids import Epoch, WorkerId, WorkerIdentity
 from baton.common.messages import LoadReport, ModelInfo, WorkerHello
 from baton.common.periodic import every
+from baton.common.progress import Progress, no_progress
 from baton.common.randomness import Randomness, SystemRandomness
 from baton.common.sampling import Role
 from baton.common.timing import DEFAULT_TIMING, Timing
-from baton.engine.engine import Engine, EngineConfig
+from baton.engine.engine import Engine
+from baton.engine.engine_config import EngineConfig
 from baton.kvtransfer.handshake import LocalSide
 from baton.kvtransfer.link_client import LinkClient
 from baton.kvtransfer.link_server import LinkServer
@@ -78,6 +80,7 @@ class WorkerServer:
         open_transport: TransportFactory = open_transport,
         clock: Clock | None = None,
         randomness: Randomness | None = None,
+        progress: Progress = no_progress,
     ) -> None:
         self._config = config
         self._role = role
@@ -86,6 +89,7 @@ class WorkerServer:
         self._open_transport = open_transport
         self._clock = clock or SystemClock()
         self._randomness = randomness or SystemRandomness()
+        self._progress = progress
         self._timing = DEFAULT_TIMING.scaled(config.time_scale)
         self._load = LoadReport()
         self._draining = False
@@ -102,6 +106,7 @@ class WorkerServer:
         registry = Registry(self._redis, self._config.cluster)
         self.identity = await self._settle_identity(registry)
         self.engine = await asyncio.to_thread(self._load_engine)
+        log.info("%s", self.engine.arena_summary())
         # A router may ask before the first step has reported.
         self._load = LoadReport(
             blocks_total=self.engine.num_blocks, blocks_free=self.engine.num_blocks
@@ -192,9 +197,14 @@ class WorkerServer:
                 num_threads=config.num_threads,
                 check_invariants=config.check_invariants,
                 kv_digest=config.kv_digest,
-                arena_device=config.device,
+                device=config.device,
+                gpu_memory_share=config.gpu_memory_share,
+                cuda_graphs=config.cuda_graphs,
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
             ),
             self._randomness,
+            progress=self._progress,
         )
 
     def _register_arena(self) -> ArenaDescriptor:

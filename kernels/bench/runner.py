@@ -102,14 +102,14 @@ def _require_device() -> None:
     for package in ("torch", "triton"):
         if find_spec(package) is None:
             raise ConfigError(
-                f"baton bench kernels needs a CUDA device and {package}, which is not installed; "
+                f"this bench needs a CUDA device and {package}, which is not installed; "
                 "pip install 'kvbaton[cuda]'"
             )
     import torch
 
     if not torch.cuda.is_available():
         raise ConfigError(
-            f"baton bench kernels needs a CUDA device, and torch {torch.__version__} sees none; "
+            f"this bench needs a CUDA device, and torch {torch.__version__} sees none; "
             "run it on a machine with an NVIDIA GPU and a CUDA build of torch"
         )
 

@@ -153,7 +153,7 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "kernels", "--only", "decode"]) == 1
     written = capsys.readouterr()
     assert written.out == ""
-    assert written.err.startswith("error: baton bench kernels needs a CUDA device, and torch ")
+    assert written.err.startswith("error: this bench needs a CUDA device, and torch ")
     assert len(written.err.splitlines()) == 1
 
 

@@ -102,8 +102,8 @@ def test_who_waits_for_room_holds_not_even_its_hits(tiny_llama: Path) -> None:
 def test_nothing_is_readable_before_the_step_that_wrote_it_has_ended(
     tiny_llama: Path, expected: list[int]
 ) -> None:
-    mesh = CoreMesh(tiny_llama, budget=64)
-    device = mesh.engines[P].device = ManualDevice()
+    device = ManualDevice()
+    mesh = CoreMesh(tiny_llama, budget=64, devices={P: device})
     key = mesh.submit(PROMPT, 40)
     readable = []
     while not mesh.tokens(key):

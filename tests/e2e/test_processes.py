@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.devices import MODEL_DEVICES
 from support.hf_models import FAMILIES, VOCAB, greedy, write_family
 from tokenizers import Tokenizer
 from transformers import PretrainedConfig
@@ -53,8 +54,9 @@ async def ask(client: BatonClient, case: Case) -> tuple[list[int], Finish]:
     return tokens, finish
 
 
+@pytest.mark.parametrize("device", MODEL_DEVICES)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-async def test_tokens_equal_transformers(family: str, tmp_path: Path) -> None:
+async def test_tokens_equal_transformers(family: str, device: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     folder, model = write_family(family, tmp_path)
     asked = cases(Tokenizer.from_file(str(folder / "tokenizer.json")))
@@ -68,6 +70,9 @@ async def test_tokens_equal_transformers(family: str, tmp_path: Path) -> None:
             "num_threads": 1,
             "num_blocks": 400,
             "check_invariants": True,
+            # On a GPU both workers share it.
+            "device": device,
+            "max_num_seqs": 16,
         },
     )
     cluster = Cluster(plan)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.cluster import Cluster as ClusterInOneProcess
 from support.cluster import run_cluster
+from support.devices import MODEL_DEVICES
 from support.tampering import Aim, FlippingReader, tampering
 from transformers import (
     AutoModelForCausalLM,
@@ -108,12 +109,21 @@ async def converse(client: BatonClient, turns: list[Turn]) -> list[Completion]:
     ]
 
 
-async def test_three_processes_answer_as_transformers_does(reference: Reference) -> None:
+@pytest.mark.parametrize("device", MODEL_DEVICES)
+async def test_three_processes_answer_as_transformers_does(
+    device: str, reference: Reference
+) -> None:
     talks = conversations()
     plan = Plan(
         model=str(shipped_model()),
         router_flags={"http_port": 0, "grpc_port": 0, "admin_port": 0},
-        worker_flags={"dtype": "float32", "num_threads": 1, "check_invariants": True},
+        worker_flags={
+            "dtype": "float32",
+            "num_threads": 1,
+            "check_invariants": True,
+            "device": device,
+            "kv_memory": "256MiB",
+        },
     )
     cluster = Cluster(plan)
     try:
@@ -126,6 +136,7 @@ async def test_three_processes_answer_as_transformers_does(reference: Reference)
         asked = asked_in(turns)
         got = [completion.text for completion in completions]
         assert got == [reference.answer(messages) for messages in asked]
+        # Right besides, with the same accuracy on every device.
         assert got == [turn.assistant for turn in turns]
         for before, after in pairwise(completions):
             # All full blocks of the turn before, but for the token that it answered from.

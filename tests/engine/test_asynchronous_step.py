@@ -9,7 +9,8 @@ from baton.common.errors import InternalError
 from baton.common.randomness import SeededRandomness
 from baton.common.sampling import SamplingParams
 from baton.engine.device import InlineDevice, ManualDevice, ThreadDevice
-from baton.engine.engine import Engine, EngineConfig
+from baton.engine.engine import Engine
+from baton.engine.engine_config import EngineConfig
 from baton.engine.finish import finish_reason
 from baton.engine.oracle import oracle_answer
 from baton.engine.sequence import Chunk, Sequence
@@ -90,12 +91,14 @@ def test_outcomes_come_in_chunk_order_with_none_for_chunks_that_are_not_last(eng
     assert first.num_computed == 3
 
 
-def test_collect_without_a_step_is_empty_and_two_steps_are_a_bug(engine, device):
+def test_collect_without_a_step_is_empty_and_three_steps_are_a_bug(engine, device):
     assert engine.collect() == []
     sequence = admit(engine)
     engine.launch([Chunk(sequence, 4)])
-    with pytest.raises(AssertionError, match="one step"):
-        engine.launch([Chunk(sequence, 4)])
+    engine.launch([Chunk(sequence, 4)])
+    assert not engine.can_launch
+    with pytest.raises(AssertionError, match="2 steps are in flight at most"):
+        engine.launch([Chunk(sequence, 2)])
 
 
 def test_retiring_lists_the_blocks_that_the_step_may_write(engine, device):

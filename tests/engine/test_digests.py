@@ -9,7 +9,8 @@ from baton.common.sampling import SamplingParams
 from baton.engine.arena import Arena, ArenaLayout, GenerationTable
 from baton.engine.device import InlineDevice
 from baton.engine.digests import DigestTable
-from baton.engine.engine import Engine, EngineConfig
+from baton.engine.engine import Engine
+from baton.engine.engine_config import EngineConfig
 from baton.engine.oracle import oracle_answer
 from baton.engine.sequence import Chunk, Sequence
 

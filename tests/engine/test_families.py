@@ -154,7 +154,8 @@ def forward(runner: ModelRunner, chunks: list[Chunk]) -> torch.Tensor:
     """One step, and the progress that an engine would note."""
     logits = runner.prepare(chunks)()
     for chunk in chunks:
-        chunk.sequence.advance(chunk.num_tokens)
+        chunk.sequence.launch(chunk.num_tokens, None)
+        chunk.sequence.land(chunk.num_tokens, None)
     return logits
 
 

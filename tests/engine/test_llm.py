@@ -260,8 +260,8 @@ def test_impossible_configurations_are_refused(llama, options):
 
 def test_a_model_that_runs_on_the_cpu_has_its_arena_there(llama):
     with pytest.raises(ConfigError) as caught:
-        make_llm(llama, arena_device="cuda:0")
-    assert caught.value.field == "arena_device"
+        make_llm(llama, device="cuda:0")
+    assert caught.value.field == "device"
 
 
 def test_default_arena_is_256_mebibytes(llama):

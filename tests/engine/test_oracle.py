@@ -9,7 +9,8 @@ from baton.common.errors import ConfigError, ModelError
 from baton.common.randomness import SeededRandomness
 from baton.common.sampling import SamplingParams
 from baton.engine.device import InlineDevice, ThreadDevice
-from baton.engine.engine import Engine, EngineConfig
+from baton.engine.engine import Engine
+from baton.engine.engine_config import EngineConfig
 from baton.engine.llm import LLM
 from baton.engine.oracle import OracleModel, oracle_answer, oracle_sampled_answer
 from baton.engine.sequence import Chunk, Sequence
@@ -23,10 +24,9 @@ def folder(tmp_path_factory):
     return write_oracle_model(tmp_path_factory.mktemp("oracle"))
 
 
-def make_engine(folder, **options) -> Engine:
-    device = options.pop("device", None) or InlineDevice()
+def make_engine(folder, runs_steps=None, **options) -> Engine:
     config = EngineConfig(**{"model": folder, "block_size": BLOCK, "num_blocks": 64, **options})
-    return Engine(config, SeededRandomness(9), device=device)
+    return Engine(config, SeededRandomness(9), device=runs_steps or InlineDevice())
 
 
 def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
@@ -62,7 +62,7 @@ def test_batches_and_chunks_equal_the_pure_function(folder, budget, num_blocks):
     for prompt, done in zip(asked, llm.generate(asked, GREEDY), strict=True):
         assert done.token_ids == oracle_answer(prompt, 12, 512)
     # The device of an LLM is the oracle's own: a thread that starts late.
-    assert isinstance(llm.engine.device, ThreadDevice)
+    assert llm.engine.max_in_flight == 2
     llm.engine.close()
 
 
@@ -196,7 +196,7 @@ def test_logits_are_distinct_finite_fp32():
 def test_late_devices_change_no_token(folder):
     asked = prompts(40, 23, 9, seed=2)
     device = ThreadDevice(SeededRandomness(4), 0.002)
-    engine = make_engine(folder, device=device)
+    engine = make_engine(folder, runs_steps=device)
     sequences = [engine.new_sequence(prompt, GREEDY, b"") for prompt in asked]
     for sequence in sequences:
         assert engine.kv.reserve(sequence, len(sequence.tokens) + 12, 0)
@@ -237,14 +237,14 @@ def test_shapes_that_the_oracle_cannot_have_are_refused(tmp_path, options, field
 def test_an_arena_on_a_device_that_is_not_there_is_refused(folder):
     for device in ("cuda:99", "meta", "nowhere"):
         with pytest.raises(ConfigError) as caught:
-            make_engine(folder, arena_device=device)
-        assert caught.value.field == "arena_device"
+            make_engine(folder, device=device)
+        assert caught.value.field == "device"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_an_arena_on_a_gpu_gives_the_same_answers(folder):
-    engine = make_engine(folder, arena_device="cuda:0")
+    engine = make_engine(folder, device="cuda:0")
     assert engine.arena.device == 0
     (prompt,) = prompts(29)
     sequence = engine.new_sequence(prompt, GREEDY, b"")

@@ -14,7 +14,7 @@ from baton.common.block_hash import root_hash
 from baton.common.sampling import FinishReason, SamplingParams
 from baton.engine.finish import finish_reason
 from baton.engine.philox import gumbel
-from baton.engine.sampler import Sampler, keep_min_p, keep_top_k, keep_top_p
+from baton.engine.sampler import Draw, Sampler, keep_min_p, keep_top_k, keep_top_p
 from baton.engine.sequence import Sequence
 
 VOCAB = 40
@@ -31,12 +31,16 @@ def sequence(prompt=(1, 2), output=(), **sampling) -> Sequence:
     )
 
 
+def draw(*args, **kwargs) -> Draw:
+    return Draw.of(sequence(*args, **kwargs))
+
+
 def logits(rows=1, seed=0, scale=3.0) -> torch.Tensor:
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * scale
 
 
 def sample_one(row: torch.Tensor, **kwargs) -> int:
-    return Sampler([EOS]).sample(row.view(1, -1), [sequence(**kwargs)])[0]
+    return Sampler([EOS]).sample(row.view(1, -1), [draw(**kwargs)])[0]
 
 
 def expected_draw(scores: torch.Tensor, seed: int, position: int) -> int:
@@ -46,8 +50,8 @@ def expected_draw(scores: torch.Tensor, seed: int, position: int) -> int:
 
 def test_greedy_batch_is_argmax():
     rows = logits(5)
-    sequences = [sequence(temperature=0.0) for _ in range(5)]
-    assert Sampler([EOS]).sample(rows, sequences) == rows.argmax(-1).tolist()
+    draws = [draw(temperature=0.0) for _ in range(5)]
+    assert Sampler([EOS]).sample(rows, draws) == rows.argmax(-1).tolist()
 
 
 def test_empty_batch():
@@ -65,7 +69,7 @@ def test_mixed_batch_equals_rows_alone_and_leaves_the_logits():
         {"temperature": 0.0, "min_tokens": 2},
         {"temperature": 0.0, "logit_bias": ((7, 100.0),)},
     ]
-    together = Sampler([EOS]).sample(rows, [sequence(**kind) for kind in kinds])
+    together = Sampler([EOS]).sample(rows, [draw(**kind) for kind in kinds])
     alone = [sample_one(row, **kind) for row, kind in zip(rows, kinds, strict=True)]
     assert together == alone
     assert torch.equal(rows, before)
@@ -77,14 +81,14 @@ def test_repetition_penalty_as_hugging_face(seed):
     row = logits(seed=seed)
     prompt, output = (1, 5, 5), (9, 30)
     theirs = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([[*prompt, *output]]), row.clone())
-    ours = Sampler([])._adjusted(row[0], sequence(prompt, output, repetition_penalty=1.7))
+    ours = Sampler([])._adjusted(row[0], draw(prompt, output, repetition_penalty=1.7))
     torch.testing.assert_close(ours, theirs[0])
 
 
 def test_presence_and_frequency_count_output_tokens_only():
     row = logits()[0]
     found = Sampler([])._adjusted(
-        row, sequence((1, 8), (8, 9, 9, 9), presence_penalty=0.5, frequency_penalty=0.25)
+        row, draw((1, 8), (8, 9, 9, 9), presence_penalty=0.5, frequency_penalty=0.25)
     )
     expected = row.clone()
     expected[8] -= 0.5 + 0.25
@@ -95,7 +99,7 @@ def test_presence_and_frequency_count_output_tokens_only():
 def test_logit_bias_is_added_before_penalties():
     row = torch.zeros(VOCAB)
     found = Sampler([])._adjusted(
-        row, sequence((1, 2), logit_bias=((2, 4.0), (5, -1.0)), repetition_penalty=2.0)
+        row, draw((1, 2), logit_bias=((2, 4.0), (5, -1.0)), repetition_penalty=2.0)
     )
     assert (found[2], found[5], found[1]) == (2.0, -1.0, 0.0)
 
@@ -140,7 +144,7 @@ def test_min_tokens_makes_eos_and_stop_tokens_impossible():
     assert sample_one(row, **early, output=(1,)) == 9
     assert sample_one(row, **early, output=(1, 1)) == EOS
     assert sample_one(row, temperature=0.0, min_tokens=1) == 6
-    assert Sampler([]).sample(row.view(1, -1), [sequence(temperature=0.0, min_tokens=1)]) == [EOS]
+    assert Sampler([]).sample(row.view(1, -1), [draw(temperature=0.0, min_tokens=1)]) == [EOS]
 
 
 def test_tiny_temperature_is_greedy_without_overflow():

@@ -111,9 +111,9 @@ class Rows:
         rows.table, rows.q = self.table[row : row + 1], self.q[row : row + 1]
         return rows
 
-    def check(self, out: torch.Tensor, lse: torch.Tensor) -> None:
+    def check(self, out: torch.Tensor, lse: torch.Tensor, slack: float = 1.0) -> None:
         o, expected_lse = self.expected()
-        assert relative_error(out, o) < ROUNDED_WEIGHTS * TOLERANCE[self.q.dtype]
+        assert relative_error(out, o) < slack * ROUNDED_WEIGHTS * TOLERANCE[self.q.dtype]
         seen = expected_lse > -torch.inf
         assert relative_error(lse.cpu()[seen], expected_lse[seen]) < 2e-6
         assert (lse.cpu()[~seen] == -torch.inf).all()
@@ -229,7 +229,8 @@ def test_parts_of_very_different_weight(loud: int, grain: Grain) -> None:
         context[0, span] *= 100
         slots = rows.table[row, 2 * loud : 2 * loud + 2].long().to(DEVICE)
         rows.arena[slots, :, LAYER, 0] *= 100
-    rows.check(*rows.run(grain))
+    # A score of 300 is rounded to 3e-5, and that is the error of its weight.
+    rows.check(*rows.run(grain), slack=8)
 
 
 @needs_triton

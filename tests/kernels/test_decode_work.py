@@ -7,7 +7,13 @@ import pytest
 import torch
 from support.kernel_checks import DEVICE
 
-from baton.kernels.decode_work import DecodeWork, Grain, decode_work_bound, plan_decode_work
+from baton.kernels.decode_work import (
+    SETTLED,
+    DecodeWork,
+    Grain,
+    decode_work_bound,
+    plan_decode_work,
+)
 
 GRAINS: list[Grain] = ["row", "segment", "block"]
 
@@ -21,9 +27,24 @@ def plan(
 
 
 def items_of(work: DecodeWork) -> tuple[np.ndarray, np.ndarray]:
-    lists = work.lists.cpu().numpy()
+    """Items with their plain rows, and merges."""
+    lists = work.lists.cpu().numpy().copy()
     num_items, num_merges = lists[0, :2]
-    return lists[1 : 1 + num_items], lists[1 + work.num_items :][:num_merges]
+    items = lists[1 : 1 + num_items]
+    items[:, 0] %= SETTLED
+    return items, lists[1 + work.num_items :][:num_merges]
+
+
+@pytest.mark.parametrize("grain", GRAINS)
+@pytest.mark.parametrize("window", [None, 40])
+def test_an_item_is_settled_that_lacks_the_newest_token(grain: Grain, window: int | None) -> None:
+    """Its KV was there before the step: the kernel reads it before it waits."""
+    context_lens = np.array([1, 16, 64, 65, 100])
+    work = plan(context_lens.tolist(), grain=grain, window=window, block=16, segment=32)
+    rows, _, ends, _ = work.lists[1 : 1 + work.num_items].cpu().numpy().T
+    is_settled = rows >= SETTLED
+    assert (is_settled == (ends < context_lens[rows % SETTLED])).all()
+    assert (~is_settled).sum() == len(context_lens)
 
 
 @pytest.mark.parametrize("grain", GRAINS)

@@ -8,7 +8,7 @@ from support.kernel_checks import DEVICE, DTYPES, TOLERANCE, needs_triton, norma
 
 from baton.common.block_hash import root_hash
 from baton.common.sampling import SamplingParams
-from baton.engine.sampler import Sampler
+from baton.engine.sampler import Draw, Sampler
 from baton.engine.sequence import Sequence
 from baton.kernels.logit_edits import BANNED, SEEN, LogitEdits, edit_logits, edit_logits_triton
 
@@ -84,7 +84,7 @@ def test_edits_equal_the_engine_bit_for_bit(edit) -> None:
         root=root_hash(b"", ""),
     )
     logits = normal(1, vocab, dtype=torch.float32, scale=3.0)
-    expected = Sampler([3])._adjusted(logits[0].cpu(), sequence)
+    expected = Sampler([3])._adjusted(logits[0].cpu(), Draw.of(sequence))
     token = [5, 7, 9, 30, 77, 99, 3]
     entries = {
         "bias": [{7: 2.5, 99: -1.0}.get(t, 0.0) for t in token],

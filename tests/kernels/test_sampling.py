@@ -10,7 +10,7 @@ from support.kernel_checks import DEVICE, DTYPES, HAS_GPU, needs_gpu, needs_trit
 from baton.common.block_hash import root_hash
 from baton.common.sampling import SamplingParams
 from baton.engine.philox import gumbel, gumbel_at
-from baton.engine.sampler import Sampler
+from baton.engine.sampler import Draw, Sampler
 from baton.engine.sequence import Sequence
 from baton.kernels.jit import jit, tl
 from baton.kernels.philox import gumbel_bound, gumbel_noise, gumbel_noise_triton, gumbel_of_word
@@ -142,7 +142,7 @@ def test_kernels_equal_the_engine() -> None:
             kinds, rows.seed.tolist(), rows.position.tolist(), strict=True
         )
     ]
-    expected = Sampler([]).sample(logits.cpu(), sequences)
+    expected = Sampler([]).sample(logits.cpu(), [Draw.of(each) for each in sequences])
     assert sample(logits, rows)[0].tolist() == expected
     assert tokens_of(logits, rows) == expected
 

@@ -146,7 +146,7 @@ OF_BLOCKS = (
             ),
             Edit(
                 ENGINE,
-                "return [] if self._flight is None else list(self._flight.written)",
+                "return [slots for flight in self._flights for slots in flight.written]",
                 "return []",
             ),
         ),
@@ -167,8 +167,7 @@ OF_BLOCKS = (
                 "            request = self._requests[entry.key]\n"
                 "            if request.reader is not None:\n"
                 "                size = self._engine.block_size\n"
-                "                ends_at = request.sequence.num_computed + entry.num_tokens\n"
-                "                ends_at = ends_at // size * size\n"
+                "                ends_at = request.sequence.num_launched // size * size\n"
                 "                self._owner.readable(request.key, ends_at)\n",
             ),
         ),

@@ -14,7 +14,8 @@ from baton.common.randomness import SeededRandomness
 from baton.decode_worker.core import DecodeCore
 from baton.decode_worker.scheduler import DecodeScheduler
 from baton.engine.device import ManualDevice
-from baton.engine.engine import Engine, EngineConfig
+from baton.engine.engine import Engine
+from baton.engine.engine_config import EngineConfig
 from baton.kvtransfer.transport.base import ArenaDescriptor, MemoryRegion, Read, ReadState
 from baton.kvtransfer.transport.memory import MemoryFabric, MemoryPeerReader, MemoryTransport
 from baton.prefill_worker.core import PrefillCore

@@ -19,7 +19,8 @@ from baton.common.sampling import Role
 from baton.common.timing import Timing
 from baton.decode_worker.core import DecodeCore
 from baton.decode_worker.scheduler import DecodeScheduler
-from baton.engine.engine import Engine, EngineConfig
+from baton.engine.engine import Engine
+from baton.engine.engine_config import EngineConfig
 from baton.kvtransfer.handshake import LocalSide
 from baton.kvtransfer.transport.base import MemoryRegion
 from baton.kvtransfer.transport.memory import MemoryFabric

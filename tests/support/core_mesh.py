@@ -3,7 +3,7 @@
 Messages wait in queues until `exchange` carries them, so that a test decides what is late.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from baton.common.sampling import SamplingParams
 from baton.common.timing import DEFAULT_TIMING
 from baton.decode_worker.core import DecodeCore
 from baton.decode_worker.scheduler import DecodeScheduler
-from baton.engine.engine import Engine, EngineConfig
+from baton.engine.device import Device
+from baton.engine.engine import Engine
+from baton.engine.engine_config import EngineConfig
 from baton.kvtransfer.events import FromOwner, FromReader, LinkOpened, PeerConnected
 from baton.kvtransfer.transport.base import ArenaDescriptor, MemoryRegion
 from baton.kvtransfer.transport.memory import MemoryFabric, MemoryTransport
@@ -49,13 +51,16 @@ class CoreMesh:
         prefill_blocks: int = 64,
         decode_blocks: int = 64,
         budget: int = 2048,
+        devices: Mapping[WorkerIdentity, Device] | None = None,
         **engine_flags: Any,
     ) -> None:
+        """`devices` run the steps of some workers; those of the others run in place."""
+        devices = devices or {}
         self.clock = ManualClock(1000.0)
         self.records: list[OutputRecord] = []
         self.hangups: list[WorkerIdentity] = []
-        self.engines = {P: _engine(model, prefill_blocks, **engine_flags)} | {
-            who: _engine(model, decode_blocks, **engine_flags) for who in decodes
+        self.engines = {P: _engine(model, prefill_blocks, devices.get(P), **engine_flags)} | {
+            who: _engine(model, decode_blocks, devices.get(who), **engine_flags) for who in decodes
         }
         fabric = MemoryFabric()
         self._transports = {who: MemoryTransport(who, fabric) for who in self.engines}
@@ -209,9 +214,9 @@ class CoreMesh:
         )
 
 
-def _engine(model: Path, num_blocks: int, **flags: Any) -> Engine:
+def _engine(model: Path, num_blocks: int, device: Device | None, **flags: Any) -> Engine:
     config = EngineConfig(model=model, num_blocks=num_blocks, num_threads=1, **flags)
-    return Engine(config, SeededRandomness(1))
+    return Engine(config, SeededRandomness(1), device=device)
 
 
 def _limits(engine: Engine) -> Limits:
