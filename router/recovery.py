@@ -11,6 +11,7 @@ from baton.common.errors import (
     BatonError,
     DigestMismatch,
     FenceFailed,
+    HandshakeMismatch,
     LeaseLost,
     NoWorker,
     PeerLost,
@@ -35,6 +36,8 @@ MIN_BUDGET: Final = 16
 _RECOVERABLE: Final = (WorkerLost, TransferError, UnknownRequest, NoWorker, QueueFull)
 # What is wrong with a pair stays wrong with it; a block or a lease that is lost says nothing of it.
 _PASSING: Final = (FenceFailed, DigestMismatch, LeaseLost)
+# The owner does not answer, or another life of it does: nobody else will find it either.
+_OWNER_LOST: Final = (PeerLost, HandshakeMismatch)
 
 
 def is_recoverable(error: BatonError) -> bool:
@@ -51,7 +54,9 @@ def blame_error(
     elif isinstance(error, NoWorker | QueueFull):
         # It drains, or is full: its next load reports say so to placement.
         history.exclude(sender, now + 2 * timing.heartbeat_every_s)
-    elif isinstance(error, PeerLost) and sender == attempt.decode and attempt.prefill is not None:
+    elif (
+        isinstance(error, _OWNER_LOST) and sender == attempt.decode and attempt.prefill is not None
+    ):
         # Most likely it crashed, and the router's own stream will say so in a moment.
         history.exclude(attempt.prefill)
         role = entry.runs_on(attempt.prefill)

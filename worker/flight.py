@@ -45,8 +45,9 @@ class Flight(Generic[Request]):
         """Forward the next so many tokens of each request; without any there is no step."""
         if not rows:
             return
+        launched_at = self._clock.monotonic()
         self._engine.launch([Chunk(request.sequence, count) for request, count in rows])
-        self._steps.append((list(rows), self._clock.monotonic()))
+        self._steps.append((list(rows), launched_at))
 
     def collect(self) -> list[Landed[Request]]:
         """What has ended with the oldest step; requests that ended before it did are left out.

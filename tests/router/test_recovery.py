@@ -7,7 +7,16 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.router_desk import PROMPT, TIMEOUT_S, Desk, first, identity, join, record
+from support.router_desk import (
+    PREFILLED,
+    PROMPT,
+    TIMEOUT_S,
+    Desk,
+    first,
+    identity,
+    join,
+    record,
+)
 
 from baton.common.errors import (
     BatonError,
@@ -36,6 +45,7 @@ from baton.router.recovery import MIN_BUDGET, RecoveryBudget
 
 P0, P1, P2 = identity("p0"), identity("p1"), identity("p2")
 D0, D1, D2 = identity("d0"), identity("d1"), identity("d2")
+U0, U1, U2 = identity("u0"), identity("u1"), identity("u2")
 PATIENT_S = 1e6
 
 
@@ -157,7 +167,8 @@ RECOVERED: list[tuple[Callable[[str], BatonError], str]] = [
     (UnknownRequest, ""),
     (TransferTimeout, "pair"),
     (TransferError, "pair"),
-    (HandshakeMismatch, "pair"),
+    # Another life listens there: no other reader will find the one that was meant.
+    (HandshakeMismatch, "p"),
     (GrantRefused, "pair"),
     (PeerLost, "p"),
     (WorkerLost, "d"),
@@ -368,6 +379,35 @@ def test_a_request_that_kills_whoever_decodes_it_gets_no_third_one() -> None:
     desk.lose(reader(entry))
     assert desk.error_types == [WorkerLost]
     assert desk.submits == []
+
+
+def test_a_request_that_kills_unified_workers_as_they_decode_gets_no_third_one() -> None:
+    """Each computes the prompt well and brings one more token; that does not absolve it."""
+    desk = Desk(U0, U1, U2)
+    entry = desk.submit()
+    for position in range(2):
+        worker = reader(entry)
+        desk.play(entry, (worker, record(position, position, prefill=PREFILLED)))
+        assert entry.state is DECODING
+        desk.forget()
+        desk.lose(worker)
+    assert desk.error_types == [WorkerLost]
+    assert desk.submits == []
+
+
+def test_unified_workers_lost_with_a_decoded_token_between_are_bad_luck() -> None:
+    desk = Desk(U0, U1, U2)
+    entry = desk.submit()
+    for position in (0, 2):
+        worker = reader(entry)
+        desk.play(
+            entry,
+            (worker, record(position, position, prefill=PREFILLED)),
+            (worker, record(position + 1, position + 1)),
+        )
+        desk.lose(worker)
+    assert entry.state is PREFILLING
+    assert attempt_of(entry).workers == [({U0, U1, U2} & desk.ready.keys()).pop()]
 
 
 def test_two_lost_workers_with_progress_between_are_bad_luck() -> None:

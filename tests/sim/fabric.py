@@ -35,17 +35,21 @@ TORN_SHARE = 0.3
 
 
 class PacedDevice:
-    """Runs each step after a random time; `ended` is told. `slowness` multiplies that time."""
+    """Runs one step after the other, each for a random time; `ended` is told. `slowness` multiplies
+    that time."""
 
     def __init__(self, world: World, ended: Callable[[], None]) -> None:
         self.slowness = 1.0
+        self._free_at = 0.0
         self._world = world
         self._ended = ended
         self._inner = ManualDevice()
 
     def submit(self, work: Callable[[], T]) -> Ticket[T]:
         ticket = self._inner.submit(work)
-        self._world.at(self._world.draw(*STEP_S) * self.slowness, self._end)
+        begins = max(self._world.now, self._free_at)
+        self._free_at = begins + self._world.draw(*STEP_S) * self.slowness
+        self._world.at(self._free_at - self._world.now, self._end)
         return ticket
 
     def close(self) -> None:
