@@ -69,6 +69,23 @@ def graph_sizes(
     return sizes
 
 
+def smallest_fit(
+    sizes: Sequence[GraphSize], num_rows: int, listed: ListedWorks
+) -> GraphSize | None:
+    """Of `sizes` as `graph_sizes` lists them, the first with room for a step of decode rows.
+
+    None for more rows than there are graphs of, and for rows that see more tokens than the arena
+    holds, since they share blocks: unless each row is one item, they may be more than there is room
+    for.
+    """
+    items = max(work.num_items for work in listed.values())
+    merges = max(work.num_merges for work in listed.values())
+    for size in sizes:
+        if size.num_rows >= num_rows and size.num_items >= items and size.num_merges >= merges:
+            return size
+    return None
+
+
 class DecodeGraphs:
     """Graphs of one model over one arena, all captured at the start.
 
@@ -88,7 +105,6 @@ class DecodeGraphs:
     ) -> None:
         config, device = model.config, model.device
         self._model, self._arena, self._planner, self._stream = model, arena, planner, stream
-        self._max_rows = max_rows
         blocks_per_row = -(-config.max_model_len // arena.shape[4])
         self._per_token = torch.zeros(PER_TOKEN, max_rows, dtype=torch.int32, device=device)
         self._per_token[2] = PADDING_SLOT
@@ -99,10 +115,7 @@ class DecodeGraphs:
         sizes = graph_sizes(max_rows, max_tokens, config.num_kv_heads, windowed=windowed)
         self._whole = self._reserve(max(sizes, key=lambda size: size.num_items))
         self._graphs = self._capture_all(sizes, progress)
-        # The smallest first: the first that fits is taken.
-        self._sizes = {
-            rows: [size for size in sizes if size.num_rows == rows] for rows in row_sizes(max_rows)
-        }
+        self._sizes = sizes
 
     @property
     def num_graphs(self) -> int:
@@ -110,15 +123,7 @@ class DecodeGraphs:
 
     def fit(self, num_rows: int, listed: ListedWorks) -> GraphSize | None:
         """The smallest graph with room for a step of decode rows; None when there is none."""
-        if num_rows > self._max_rows:
-            return None
-        rows = next(size for size in row_sizes(self._max_rows) if size >= num_rows)
-        items = max(work.num_items for work in listed.values())
-        merges = max(work.num_merges for work in listed.values())
-        for size in self._sizes[rows]:
-            if size.num_items >= items and size.num_merges >= merges:
-                return size
-        raise AssertionError(f"no graph of {rows} rows has {items} items and {merges} merges")
+        return smallest_fit(self._sizes, num_rows, listed)
 
     def lists(self, size: GraphSize, listed: ListedWorks) -> list[Int32s]:
         """As the graph reads them."""
