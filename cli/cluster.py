@@ -38,6 +38,7 @@ class Plan:
     model: str
     num_prefill: int = 1
     num_decode: int = 1
+    num_unified: int = 0
     # None starts a private one.
     redis: str | None = None
     shared_flags: Flags = field(default_factory=dict)
@@ -46,9 +47,12 @@ class Plan:
     start_deadline_s: float = START_DEADLINE_S
 
     def __post_init__(self) -> None:
-        for name, count in (("prefill", self.num_prefill), ("decode", self.num_decode)):
-            if count < 1:
-                raise ConfigError(f"--{name} is {count}; a cluster needs at least one")
+        pair, unified = (self.num_prefill, self.num_decode), self.num_unified
+        if min(*pair, unified) < 0 or (min(pair) == 0 and (max(pair) > 0 or unified == 0)):
+            raise ConfigError(
+                f"--prefill {pair[0]} --decode {pair[1]} --unified {unified} is no cluster that "
+                "serves; start one prefill and one decode worker at least, or unified ones alone"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +87,7 @@ class Cluster:
         self._router: Child | None = None
         self._prefill: list[Child] = []
         self._decode: list[Child] = []
+        self._unified: list[Child] = []
         self.num_deaths = 0
 
     async def start(self) -> None:
@@ -97,6 +102,7 @@ class Cluster:
         for role, children, count in (
             ("prefill", self._prefill, plan.num_prefill),
             ("decode", self._decode, plan.num_decode),
+            ("unified", self._unified, plan.num_unified),
         ):
             for index in range(count):
                 name = f"{role}-{index}"
@@ -132,10 +138,9 @@ class Cluster:
     async def stop(self) -> None:
         """Let running requests end, then end every process; nothing is left behind."""
         try:
-            workers = [*self._prefill, *self._decode]
             if self._router is not None:
                 await self._stop(self._router)
-            await asyncio.gather(*(self._stop(child) for child in workers))
+            await asyncio.gather(*(self._stop(child) for child in self._worker_children()))
             if self._redis is not None:
                 await self._redis.stop()
         finally:
@@ -185,7 +190,7 @@ class Cluster:
 
     async def _joined(self) -> None:
         """Until the router has all workers and the tokenizer of their model."""
-        names = {child.name for child in (*self._prefill, *self._decode)}
+        names = {child.name for child in self._worker_children()}
         async with (
             AdminClient(self.endpoints.admin) as admin,
             BatonClient(self.endpoints.grpc) as client,
@@ -221,15 +226,19 @@ class Cluster:
         """In the order of their start."""
         redis = [self._redis.child] if self._redis is not None else []
         router = [self._router] if self._router is not None else []
-        return [*redis, *self._prefill, *self._decode, *router]
+        return [*redis, *self._worker_children(), *router]
+
+    def _worker_children(self) -> list[Child]:
+        return [*self._prefill, *self._decode, *self._unified]
 
     def _can_serve(self) -> bool:
         """Redis is a hint only: its loss stops nobody."""
         assert self._router is not None, "asked of a started cluster"
-        roles = (self._prefill, self._decode)
-        return self._router.is_alive and all(
-            any(child.is_alive for child in children) for children in roles
+        has_pair, has_unified = (
+            all(any(child.is_alive for child in children) for children in needed)
+            for needed in ((self._prefill, self._decode), (self._unified,))
         )
+        return self._router.is_alive and (has_pair or has_unified)
 
 
 def to_arguments(flags: Flags) -> list[str]:

@@ -123,6 +123,22 @@ def decode(
     return _serve_worker(config, Role.DECODE, decode_server, ready_file)
 
 
+@with_flags(WorkerConfig)
+def unified(
+    model: ModelArgument = None,
+    /,
+    *,
+    config_file: ConfigFile = None,
+    ready_file: ReadyFile = None,
+    **flags: Any,
+) -> int:
+    """A unified worker: it reads prompts and writes their answers, both in one batch."""
+    from baton.decode_worker.service import unified_server
+
+    config = load(WorkerConfig, {**flags, "model": model}, config_file)
+    return _serve_worker(config, Role.UNIFIED, unified_server, ready_file)
+
+
 def write_ready_file(path: Path, content: dict[str, Any]) -> None:
     """Written whole or not at all: whoever sees the file may read it."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")

@@ -34,8 +34,13 @@ def up(
     model: ModelArgument = None,
     /,
     *,
-    prefill: Annotated[int, Parameter(help="prefill workers")] = 1,
-    decode: Annotated[int, Parameter(help="decode workers")] = 1,
+    prefill: Annotated[
+        int | None, Parameter(help="prefill workers [default: 1; 0 with --unified alone]")
+    ] = None,
+    decode: Annotated[
+        int | None, Parameter(help="decode workers [default: 1; 0 with --unified alone]")
+    ] = None,
+    unified: Annotated[int, Parameter(help="workers that prefill and decode")] = 0,
     redis: Annotated[
         str | None, Parameter(help="URL of the Redis server [default: a private one is started]")
     ] = None,
@@ -55,6 +60,7 @@ def up(
         model,
         num_prefill=prefill,
         num_decode=decode,
+        num_unified=unified,
         flags={**flags, "redis": redis, "log_level": log_level},
         start_deadline_s=start_timeout,
     )
@@ -64,13 +70,15 @@ def up(
 def make_plan(
     model: str | None,
     *,
-    num_prefill: int = 1,
-    num_decode: int = 1,
+    num_prefill: int | None = None,
+    num_decode: int | None = None,
+    num_unified: int = 0,
     flags: dict[str, Any] | None = None,
     start_deadline_s: float = START_DEADLINE_S,
 ) -> Plan:
     """The plan of `baton up`: everything is checked here, before a process is started.
 
+    Counts that are None are 1, or 0 where unified workers alone were asked for.
     Raises ConfigError for flags and environment, ModelError for the model.
     """
     given = {name: value for name, value in (flags or {}).items() if value is not None}
@@ -86,12 +94,19 @@ def make_plan(
     check_level(str(shared["log_level"]))
     redis = shared.pop("redis", router.redis if _is_set(router, "redis") else None)
     own_flags = {name: value for name, value in given.items() if name not in _SHARED}
-    own_flags |= _gpu_share(worker, num_prefill + num_decode)
-    threads = worker.num_threads or _threads_each(num_prefill + num_decode)
+    if num_unified > 0 and num_prefill is None and num_decode is None:
+        num_prefill = num_decode = 0
+    counts = {
+        "num_prefill": 1 if num_prefill is None else num_prefill,
+        "num_decode": 1 if num_decode is None else num_decode,
+        "num_unified": num_unified,
+    }
+    num_workers = sum(counts.values())
+    own_flags |= _gpu_share(worker, num_workers)
+    threads = worker.num_threads or _threads_each(num_workers)
     plan = Plan(
         model=named,
-        num_prefill=num_prefill,
-        num_decode=num_decode,
+        **counts,
         redis=redis,
         shared_flags=shared,
         router_flags=_of(RouterConfig, own_flags),
@@ -118,7 +133,7 @@ def _gpu_share(worker: WorkerConfig, num_workers: int) -> dict[str, Any]:
     is_told = {"gpu_memory_share", "kv_memory", "num_blocks"} & worker.model_fields_set
     if is_told or worker.device == "cpu" or not any(Path("/dev").glob("nvidia[0-9]*")):
         return {}
-    return {"gpu_memory_share": math.floor(100 / num_workers) / 100}
+    return {"gpu_memory_share": math.floor(100 / max(1, num_workers)) / 100}
 
 
 def _of(kind: type[RouterConfig] | type[WorkerConfig], flags: dict[str, Any]) -> dict[str, Any]:

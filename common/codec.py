@@ -21,7 +21,11 @@ _FINISH_TO_PB = {
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
 }
 _FINISH_FROM_PB = {wire: reason for reason, wire in _FINISH_TO_PB.items()}
-_ROLE_TO_PB = {Role.PREFILL: pb.ROLE_PREFILL, Role.DECODE: pb.ROLE_DECODE}
+_ROLE_TO_PB = {
+    Role.PREFILL: pb.ROLE_PREFILL,
+    Role.DECODE: pb.ROLE_DECODE,
+    Role.UNIFIED: pb.ROLE_UNIFIED,
+}
 _ROLE_FROM_PB = {wire: role for role, wire in _ROLE_TO_PB.items()}
 
 

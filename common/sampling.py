@@ -17,8 +17,19 @@ class Mode(Enum):
 
 
 class Role(Enum):
+    """What a worker is for. `UNIFIED` computes a prompt and its answer, and hands nothing over.
+
+    As what a worker works on one request at present is `PREFILL` or `DECODE`, never `UNIFIED`.
+    """
+
     PREFILL = "prefill"
     DECODE = "decode"
+    UNIFIED = "unified"
+
+    @property
+    def decodes(self) -> bool:
+        """Whether such a worker generates answers, and so may take a running one over."""
+        return self is not Role.PREFILL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

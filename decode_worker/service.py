@@ -1,4 +1,8 @@
-"""The decode worker's wiring: its scheduler and core inside a WorkerServer."""
+"""The wiring of decode and unified workers: scheduler and core inside a WorkerServer.
+
+A unified worker is the same core under a role of its own. Routers send it whole requests, so that
+it dials and serves links only for moves; links to prefill workers are not warmed.
+"""
 
 from pathlib import Path
 
@@ -34,9 +38,30 @@ def decode_server(
     progress: Progress = no_progress,
 ) -> WorkerServer:
     """A decode worker, not started yet."""
+    return _server(Role.DECODE, config, model_folder, transport_factory, progress)
+
+
+def unified_server(
+    config: WorkerConfig,
+    model_folder: Path,
+    *,
+    transport_factory: TransportFactory = open_transport,
+    progress: Progress = no_progress,
+) -> WorkerServer:
+    """A unified worker, not started yet."""
+    return _server(Role.UNIFIED, config, model_folder, transport_factory, progress)
+
+
+def _server(
+    role: Role,
+    config: WorkerConfig,
+    model_folder: Path,
+    transport_factory: TransportFactory,
+    progress: Progress,
+) -> WorkerServer:
     return WorkerServer(
         config,
-        Role.DECODE,
+        role,
         build_core,
         model_folder=model_folder,
         open_transport=transport_factory,

@@ -7,7 +7,6 @@ from baton.common.errors import ExceedsKvCapacity, NoCapacity
 from baton.common.ids import RequestKey, WorkerIdentity
 from baton.common.messages import Cancel, DecodeJob, Move, PrefillJob, RouterMessage, Stay, Submit
 from baton.common.randomness import Randomness
-from baton.common.sampling import Role
 from baton.kvtransfer.grant import grant_key
 from baton.router.attempt import Attempt, RunningMove
 from baton.router.journal import Journal, JournalEntry
@@ -98,7 +97,7 @@ class Assigner:
     # --- moves ---
 
     def begin_move(self, entry: JournalEntry, ends_at: float) -> bool:
-        """Send a running request on its way to another decode worker; False if there is none."""
+        """Send a running request on its way to another worker; False if there is none."""
         attempt = entry.current
         source = attempt.decoder
         target = self._move_target(entry, attempt, source)
@@ -152,13 +151,13 @@ class Assigner:
     def _move_target(
         self, entry: JournalEntry, attempt: Attempt, source: WorkerIdentity
     ) -> WorkerIdentity | None:
-        """Another decode worker that stores KV alike; one that has failed already comes last."""
+        """Another worker that decodes and stores KV alike; one that failed already comes last."""
         history = entry.history
-        # Without prefill workers among them, placement picks a decode worker alone.
+        # Without prefill workers among them, placement picks one that decodes alone.
         candidates = [
             worker
             for worker in self._candidates(entry.spec.model)
-            if worker.role is Role.DECODE
+            if worker.role.decodes
             and worker.identity != source
             and worker.fingerprint == attempt.fingerprint
             and (source, worker.identity) not in history.excluded_pairs

@@ -13,9 +13,10 @@ from baton.common.sampling import Role
 class Attempt:
     """One try, and the workers that know its key.
 
-    `prefill` is None when `decode` computes everything itself, or got a running request from
-    `source`. `decode` is None when the request ends with its next token. `first_position` is the
-    number of output tokens that were emitted when the attempt was made.
+    `prefill` is None when `decode`, a unified worker or one without a partner, computes everything
+    itself, or got a running request from `source`. `decode` is None when the request ends with its
+    next token. `first_position` is the number of output tokens that were emitted when the attempt
+    was made.
     """
 
     key: RequestKey
@@ -74,8 +75,9 @@ class AttemptHistory:
     """What a request went through so far. Workers are excluded by identity: one life, not a name.
 
     A crash counts against the request when the worker was running it, as what (`crashes`). A token
-    absolves: one from a prefill worker the earlier crashes of prefill workers, one that was decoded
-    all of them. So a prompt that kills whoever decodes it is not absolved by its next prefill.
+    absolves: the first of an attempt the earlier crashes in prefill, one that was decoded all of
+    them. So a prompt that kills whoever decodes it is not absolved by its next prefill, on
+    whichever worker that was.
     """
 
     # Attempts without a new token since the last one that brought some; recoveries in all.
@@ -102,7 +104,7 @@ class AttemptHistory:
         self.crashes[role] += 1
 
     def progressed(self, role: Role) -> None:
-        """A new token came from a worker of that role."""
+        """A new token came from a worker at work in that role."""
         self.tries = 0
         if role is Role.DECODE:
             self.crashes.clear()

@@ -19,7 +19,7 @@ class Catalog(Protocol):
         ...
 
     def is_ready(self) -> bool:
-        """Whether at least one prefill and one decode worker live."""
+        """Whether a unified worker lives, or a prefill and a decode worker."""
         ...
 
 

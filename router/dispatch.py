@@ -258,7 +258,8 @@ class Dispatch:
 
     def _take(self, entry: JournalEntry, worker: WorkerIdentity, record: OutputRecord) -> None:
         now = self._clock.monotonic()
-        attempt = entry.current
+        # The first token of whoever works alone ends a prefill, as one of P does.
+        role = entry.runs_on(worker) or Role.DECODE
         entry.reported(record.prefill, record.handover)
         entry.advance(
             worker, has_tokens=bool(record.tokens), joined=record.handover is not None, now=now
@@ -267,7 +268,6 @@ class Dispatch:
             self._assigner.prefill_is_done(entry)
         fresh = record.tokens[entry.num_emitted - record.position :]
         if fresh:
-            role = Role.DECODE if worker == attempt.decode else Role.PREFILL
             entry.emitted(fresh, role, now)
         if record.finish is not None:
             entry.handling.forwarded_tokens = record.forwarded_tokens

@@ -186,7 +186,7 @@ class _Pages:
         return _json(self._body(self._front.catalog.get(request.path_params["name"])))
 
     async def ready(self, _request: Request) -> Response:
-        """200 when a request could be served now: a prefill and a decode worker live."""
+        """200 when a request could be served now: see `Catalog.is_ready`."""
         is_ready = self._front.catalog.is_ready()
         words = {"status": "ready" if is_ready else "not ready"}
         return _json(words, 200 if is_ready else 503)

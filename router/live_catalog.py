@@ -56,7 +56,8 @@ class LiveCatalog:
             for worker in self._ready()
             if worker.hello is not None and _key(worker.hello.model) in self._loaded
         }
-        return self._is_serving and roles == {Role.PREFILL, Role.DECODE}
+        is_served = Role.UNIFIED in roles or {Role.PREFILL, Role.DECODE} <= roles
+        return self._is_serving and is_served
 
     def learn(self, model: ModelInfo) -> None:
         """A worker joined with this model: read its tokenizer off the event loop, once."""
@@ -93,7 +94,7 @@ class LiveCatalog:
                 continue
             model = self._loaded[_key(worker.hello.model)]
             known = found.get(model.name, model)
-            if worker.record.role is Role.DECODE:
+            if worker.record.role.decodes:
                 here = worker.load.blocks_total * worker.hello.model.block_size
                 known = replace(known, kv_tokens=max(here, known.kv_tokens or 0))
             found[model.name] = known

@@ -1,4 +1,4 @@
-"""Moving running requests off a decode worker that drains, with their KV.
+"""Moving running requests off a worker that drains, with their KV.
 
 A move raises the attempt without counting it. Until the target's first frame the source's attempt
 is the current one, and the source may be told to go on; from that frame on there is only the

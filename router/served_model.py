@@ -19,8 +19,8 @@ class ServedModel:
     tokenizer: ModelTokenizer
     template: ChatTemplate | None
     defaults: GenerationDefaults
-    # KV tokens that the largest decode worker holds; bounds the answer of a request without
-    # max_tokens. None: not known.
+    # KV tokens that the largest worker that decodes holds; bounds the answer of a request
+    # without max_tokens. None: not known.
     kv_tokens: int | None = None
 
 

@@ -1,4 +1,4 @@
-"""What routers ask of a worker, alike in both roles: which requests it takes, knows and ends.
+"""What routers ask of a worker, alike in all roles: which requests it takes, knows and ends.
 
 A request that ended is remembered for a while, also one that was never known: a cancel may overtake
 its submit, and a submit may come twice.

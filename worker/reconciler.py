@@ -35,7 +35,7 @@ class Reconciler:
         quarantined: Collection[Collection[Slot]] = (),
         counters: Iterable[Mapping[str, int]],
     ) -> LoadReport:
-        """What both roles tell of their memory; the role adds what it knows of its queues."""
+        """What all roles tell of their memory; the role adds what it knows of its queues."""
         leased = owner.leased
         found = self.count(
             sequences=sequences, leased=leased, receiving=receiving, quarantined=quarantined

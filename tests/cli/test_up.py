@@ -236,6 +236,25 @@ def test_the_others_go_on_until_a_role_is_lost(up: Callable[..., Up], tiny_llama
     cluster.expect_nothing_left()
 
 
+def test_unified_workers_serve_until_the_last_is_lost(
+    up: Callable[..., Up], tiny_llama: Path
+) -> None:
+    cluster = up(str(tiny_llama), "--num-blocks", "64", "--unified", "2")
+    at = cluster.wait_until_ready()
+    assert len(cluster.all_pids) == 4
+    pids = {worker["id"]: worker["pid"] for worker in at["workers"]}
+    assert pids.keys() == {"unified-0", "unified-1"}
+    os.kill(pids["unified-1"], signal.SIGKILL)
+    wait_until(lambda: "unified-1 (pid" in cluster.stderr(), "the death is not told", 10)
+    assert "the others go on" in cluster.stderr()
+    answer = complete(at, "Once upon a time")
+    assert (answer["mode"], answer["decode_worker"].partition("@")[0]) == ("local", "unified-0")
+    os.kill(pids["unified-0"], signal.SIGKILL)
+    assert cluster.wait() == 1
+    assert "error: unified-0 (pid" in cluster.stderr()
+    cluster.expect_nothing_left()
+
+
 def test_a_child_that_cannot_start_is_named(
     up: Callable[..., Up], tiny_llama: Path, tmp_path: Path
 ) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from support.router_desk import PROMPT, Desk, first, identity, join, record
+from support.router_desk import PREFILLED, PROMPT, Desk, first, identity, join, record
 
 from baton.common.errors import BatonError, InternalError, PeerLost, QueueFull, UnknownRequest
 from baton.common.ids import WorkerIdentity
@@ -55,6 +55,22 @@ def test_a_move_is_announced_to_both() -> None:
     assert desk.dispatch.num_requests_on(D1) == 1
     desk.drain(D0)
     assert len(desk.sends) == 2, "said again, done once"
+
+
+@pytest.mark.parametrize(("source", "target"), [("u0", "u1"), ("u0", "d1"), ("d0", "u1")])
+def test_whoever_decodes_takes_moves_from_whoever_decodes(source: str, target: str) -> None:
+    at, to = identity(source), identity(target)
+    desk = Desk(at)
+    entry = desk.submit(timeout_s=PATIENT_S)
+    desk.play(entry, (at, record(0, 0, 1, prefill=PREFILLED)))
+    desk.join(P0, to)
+    desk.forget()
+    desk.drain(at)
+    [(receiver, submit)] = desk.submits
+    assert receiver == to, "never the prefill worker"
+    assert isinstance(submit.job, DecodeJob)
+    assert submit.job.owner == at
+    assert submit.output_tokens == [0, 1]
 
 
 def test_the_targets_first_frame_wins() -> None:

@@ -17,11 +17,13 @@ from baton.router.attached import AttachedWorker
 from baton.router.live_catalog import LiveCatalog
 
 
-def worker_of(name: str, folder: Path, clock: ManualClock) -> AttachedWorker:
-    identity = WorkerIdentity(WorkerId(f"d-{name}"), Epoch(1), "life")
+def worker_of(
+    name: str, folder: Path, clock: ManualClock, role: Role = Role.DECODE, *, blocks: int = 8
+) -> AttachedWorker:
+    identity = WorkerIdentity(WorkerId(f"{role.value}-{name}"), Epoch(1), "life")
     record = WorkerRecord(
         identity=identity,
-        role=Role.DECODE,
+        role=role,
         address="127.0.0.1:1",
         fingerprint="f",
         model=name,
@@ -39,11 +41,11 @@ def worker_of(name: str, folder: Path, clock: ManualClock) -> AttachedWorker:
     worker.connected(
         WorkerHello(
             identity=identity,
-            role=Role.DECODE,
+            role=role,
             model=model,
             link_address="127.0.0.1:1",
             pid=1,
-            load=LoadReport(blocks_total=8),
+            load=LoadReport(blocks_total=blocks),
         )
     )
     return worker
@@ -79,3 +81,31 @@ async def test_a_model_whose_workers_are_away_is_asked_for_later(tmp_path: Path)
     with pytest.raises(NoWorker):
         catalog.get("")
     await catalog.close()
+
+
+@pytest.mark.parametrize(
+    ("roles", "is_ready"),
+    [
+        ([Role.PREFILL], False),
+        ([Role.DECODE], False),
+        ([Role.PREFILL, Role.DECODE], True),
+        ([Role.UNIFIED], True),
+        ([Role.PREFILL, Role.UNIFIED], True),
+        ([Role.PREFILL, Role.DECODE, Role.UNIFIED], True),
+    ],
+)
+async def test_a_pair_or_a_unified_worker_is_ready_to_serve(
+    roles: list[Role], is_ready: bool, tmp_path: Path
+) -> None:
+    clock = ManualClock(0.0)
+    folder = write_oracle_model(tmp_path / "model")
+    live = [worker_of("one", folder, clock, role, blocks=8 + len(role.value)) for role in roles]
+    catalog = LiveCatalog(lambda: live, clock)
+    assert live[0].hello is not None
+    catalog.learn(live[0].hello.model)
+    await catalog.close()
+    assert catalog.is_ready() is is_ready
+    sizes = [32 * (8 + len(role.value)) for role in roles if role is not Role.PREFILL]
+    assert catalog.get("one").kv_tokens == max(sizes, default=None), "of whoever decodes"
+    catalog.stop_serving()
+    assert not catalog.is_ready()

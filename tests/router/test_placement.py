@@ -27,7 +27,7 @@ def worker(
 ) -> Candidate:
     return Candidate(
         identity=WorkerIdentity(WorkerId(name), Epoch(1), name),
-        role=Role.PREFILL if name.startswith("p") else Role.DECODE,
+        role={"p": Role.PREFILL, "d": Role.DECODE, "u": Role.UNIFIED}[name[0]],
         fingerprint=fingerprint,
         block_size=32,
         load=LoadReport(blocks_total=blocks, tokens_pending=pending, requests_running=running),
@@ -97,10 +97,21 @@ def test_without_prefill_workers_a_decode_worker_serves_alone() -> None:
     assert chosen(worker("d0"), max_tokens=1) == (None, "d0")
 
 
-@pytest.mark.parametrize("candidates", [(), (worker("p0"),)])
-def test_a_missing_role_is_named(candidates: tuple[Candidate, ...]) -> None:
-    with pytest.raises(NoWorker, match="no decode worker") as refused:
-        chosen(*candidates)
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        ("", "no decode or unified worker"),
+        ("p0", "no decode worker"),
+        ("p0 d0", "no decode worker"),
+        ("u0", "no unified worker"),
+        ("p0 d0 u0", "no decode or unified worker"),
+    ],
+)
+def test_a_missing_role_is_named(there: str, said: str) -> None:
+    """As the cluster at hand could have it; whoever decodes there is excluded."""
+    names = there.split()
+    with pytest.raises(NoWorker, match=f"^{said} is ready") as refused:
+        chosen(*map(worker, names), excluded=[name for name in names if name != "p0"])
     assert refused.value.retry_after_s is not None
 
 
@@ -139,10 +150,77 @@ def test_the_prompt_counts_on_p_and_the_whole_request_on_d() -> None:
         chosen(*exact, prompt_len=32, max_tokens=34)
 
 
+def test_unified_workers_serve_alone() -> None:
+    assert chosen(worker("u0", in_flight=1), worker("u1")) == (None, "u1")
+    assert chosen(worker("u0", running=3), worker("u1"), max_tokens=1) == (None, "u1")
+    assert chosen(worker("u0"), worker("u1", in_flight=9), excluded=["u0"]) == (None, "u1")
+
+
+def test_the_idler_of_a_pair_and_a_unified_worker_is_taken() -> None:
+    """The pair counts by its decode worker: that is where a request stays."""
+    busy_prefill = worker("p0", in_flight=9)
+    for decodes, unified, expected in (
+        ((1, 4), 2, ("p0", "d0")),
+        ((3, 4), 2, (None, "u0")),
+        ((3, 0), 2, ("p0", "d1")),
+    ):
+        assert (
+            chosen(
+                busy_prefill,
+                worker("d0", in_flight=decodes[0]),
+                worker("d1", in_flight=decodes[1]),
+                worker("u0", in_flight=unified),
+                worker("u1", in_flight=7),
+            )
+            == expected
+        )
+    assert chosen(worker("p0"), worker("d0", running=2), worker("u0", running=1)) == (None, "u0")
+
+
+def test_one_token_goes_to_p_where_there_is_one() -> None:
+    everybody = [worker("p0", in_flight=9), worker("d0"), worker("u0")]
+    assert chosen(*everybody, max_tokens=1) == ("p0", None)
+    assert chosen(*everybody, max_tokens=1, excluded=["p0", "d0"]) == (None, "u0")
+
+
+def test_without_a_pair_decode_and_unified_workers_share_the_work() -> None:
+    prefill = worker("p0", fingerprint="new")
+    assert chosen(prefill, worker("d0", in_flight=1), worker("u0")) == (None, "u0")
+    assert chosen(prefill, worker("d0"), worker("u0", in_flight=1)) == (None, "d0")
+
+
+def test_what_is_excluded_of_a_pair_leaves_the_unified_worker() -> None:
+    everybody = [worker("p0"), worker("d0"), worker("u0", in_flight=1)]
+    assert chosen(*everybody) == ("p0", "d0")
+    assert chosen(*everybody, excluded=["d0"]) == (None, "u0")
+    assert chosen(*everybody, excluded=["u0"]) == ("p0", "d0")
+    with pytest.raises(NoWorker):
+        chosen(*everybody, excluded=["d0", "u0"])
+
+
+def test_a_unified_worker_never_makes_a_pair() -> None:
+    """Its prompt would cross for nothing."""
+    assert chosen(worker("p0"), worker("u0")) == (None, "u0")
+
+
+def test_the_whole_request_counts_on_a_unified_worker() -> None:
+    small = (worker("p0"), worker("d0", blocks=2), worker("u0", blocks=3, in_flight=9))
+    assert chosen(*small, prompt_len=32, max_tokens=33) == ("p0", "d0")
+    assert chosen(*small, prompt_len=32, max_tokens=34) == (None, "u0"), "D is too small"
+    with pytest.raises(ExceedsKvCapacity, match=r"97 .* fit no decode or unified worker.* 96$"):
+        chosen(*small, prompt_len=32, max_tokens=66)
+    with pytest.raises(ExceedsKvCapacity, match=r"97 .* fit no unified worker.* 96$"):
+        chosen(small[2], prompt_len=32, max_tokens=66)
+
+
 def test_equals_share_the_work() -> None:
     workers = [worker(name) for name in ("p0", "p1", "d0", "d1")]
     picked = Counter(chosen(*workers, seed=seed) for seed in range(200))
     assert len(picked) == 4
+    assert min(picked.values()) > 20
+    unified = [*workers, worker("u0"), worker("u1")]
+    picked = Counter(chosen(*unified, seed=seed)[1] for seed in range(200))
+    assert picked.keys() == {"d0", "d1", "u0", "u1"}
     assert min(picked.values()) > 20
 
 

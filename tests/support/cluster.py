@@ -14,7 +14,7 @@ from typing import Any
 from baton.common.config import RouterConfig, WorkerConfig
 from baton.common.ids import WorkerIdentity
 from baton.common.sampling import SamplingParams
-from baton.decode_worker.service import decode_server
+from baton.decode_worker.service import decode_server, unified_server
 from baton.kvtransfer.transport.base import Transport
 from baton.kvtransfer.transport.memory import MemoryFabric, MemoryTransport
 from baton.kvtransfer.transport.open import open_transport
@@ -41,6 +41,7 @@ class Cluster:
     router: RouterServer
     prefills: list[WorkerServer] = field(default_factory=list)
     decodes: list[WorkerServer] = field(default_factory=list)
+    unified: list[WorkerServer] = field(default_factory=list)
     # Workers that a test has stopped itself.
     stopped: set[WorkerServer] = field(default_factory=set)
 
@@ -69,7 +70,7 @@ class Cluster:
 
     @property
     def workers(self) -> list[WorkerServer]:
-        return [*self.prefills, *self.decodes]
+        return [*self.prefills, *self.decodes, *self.unified]
 
     async def expect_rest(self) -> None:
         """Every request ends, and then every slot is free or cached: no lease, no open read."""
@@ -87,10 +88,10 @@ class Cluster:
             )
 
     def bytes_read(self) -> int:
-        """KV bytes that all decode workers pulled, as their transports counted them."""
+        """KV bytes that all workers pulled, as their transports counted them."""
         return sum(
             peer.bytes_read
-            for worker in self.decodes
+            for worker in [*self.decodes, *self.unified]
             for peer in worker.core.handovers.peers.values()
         )
 
@@ -124,6 +125,7 @@ async def run_cluster(
     *,
     prefill: int = 1,
     decode: int = 1,
+    unified: int = 0,
     transport: str = "memory",
     factory: TransportFactory | None = None,
     per_worker: list[dict[str, Any]] | None = None,
@@ -144,7 +146,7 @@ async def run_cluster(
         **worker_flags,
     }
 
-    own = iter(per_worker or [{}] * (prefill + decode))
+    own = iter(per_worker or [{}] * (prefill + decode + unified))
 
     def config(worker_id: str) -> WorkerConfig:
         merged = {"worker_id": worker_id, **flags, **next(own)}
@@ -167,6 +169,9 @@ async def run_cluster(
     for index in range(decode):
         server = decode_server(config(f"d{index}"), model, transport_factory=factory)
         cluster.decodes.append(server)
+    for index in range(unified):
+        server = unified_server(config(f"u{index}"), model, transport_factory=factory)
+        cluster.unified.append(server)
     started: list[WorkerServer | RouterServer] = []
     try:
         for server in [*cluster.workers, router]:

@@ -44,10 +44,10 @@ def identity(name: str, epoch: int = 1) -> WorkerIdentity:
 def candidate(
     worker: WorkerIdentity, *, blocks: int = 10_000, fingerprint: str = "same", in_flight: int = 0
 ) -> Candidate:
-    """Whose name begins with p prefills, the others decode."""
+    """Whose name begins with p prefills, with u does both; the others decode."""
     return Candidate(
         identity=worker,
-        role=Role.PREFILL if worker.worker_id.startswith("p") else Role.DECODE,
+        role={"p": Role.PREFILL, "u": Role.UNIFIED}.get(worker.worker_id[0], Role.DECODE),
         fingerprint=fingerprint,
         block_size=32,
         load=LoadReport(blocks_total=blocks, blocks_free=blocks),
