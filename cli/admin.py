@@ -6,7 +6,7 @@ from typing import Annotated, Final
 
 from cyclopts import Parameter
 
-from baton.cli.flags import AdminFlag, JsonFlag
+from baton.cli.flags import AdminFlag, JsonFlag, WorkerArgument
 from baton.cli.terminal import (
     counted,
     human_bytes,
@@ -23,10 +23,6 @@ from baton.common.periodic import every
 
 LOOK_EVERY_S: Final = 0.25
 DRAIN_TIMEOUT_S: Final = 600.0
-
-WorkerArgument = Annotated[
-    str, Parameter(name="ID", help="the worker's id, as `workers list` shows it")
-]
 
 
 def list_workers(*, admin: AdminFlag = DEFAULT_ADMIN, as_json: JsonFlag = False) -> None:

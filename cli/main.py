@@ -55,6 +55,7 @@ def build_app() -> App:
     serve.command(f"{verbs}.serve:router", name="router", help="The HTTP and gRPC front.")
     serve.command(f"{verbs}.serve:prefill", name="prefill", help="A worker that reads prompts.")
     serve.command(f"{verbs}.serve:decode", name="decode", help="A worker that writes answers.")
+    serve.command(f"{verbs}.serve:unified", name="unified", help="A worker that does both.")
     app.command(
         f"{verbs}.complete:complete", name="complete", help="Continue a text, without a template."
     )
@@ -68,6 +69,12 @@ def build_app() -> App:
     )
     workers.command(f"{verbs}.admin:resume_worker", name="resume", help="Undo a drain.")
     admin.command(f"{verbs}.admin_leases:leases", name="leases", help="Who pins KV for whom.")
+    admin.command(
+        f"{verbs}.admin_steps:list_steps", name="steps", help="What a worker's engine did last."
+    )
+    profile = _group(admin, "profile", "A trace of what a worker's engine does.")
+    profile.command(f"{verbs}.admin_profile:start_profile", name="start", help="Of its next steps.")
+    profile.command(f"{verbs}.admin_profile:stop_profile", name="stop", help="End it sooner.")
     model = _group(app, "model", "Model folders.")
     model.command(
         f"{verbs}.model:inspect", name="inspect", help="What a model is and what its KV takes."

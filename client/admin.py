@@ -6,15 +6,20 @@ from typing import Final, Self, TypeVar
 import grpc
 
 from baton.client.failures import baton_error
-from baton.client.replies import Lease, Worker
+from baton.client.replies import Lease, Profile, Step, StepHistory, StepSummary, Worker
+from baton.common.errors import InvalidRequest
 from baton.common.grpc_options import channel_options
-from baton.v1 import admin_pb2, admin_pb2_grpc, common_pb2, worker_pb2
+from baton.v1 import admin_pb2, admin_pb2_grpc, common_pb2, diagnostics_pb2, worker_pb2
 
 DEFAULT_ADMIN: Final = "127.0.0.1:50052"
 # An operator wants to know soon that a router is frozen; it answers from what it knows itself.
 ANSWER_DEADLINE_S: Final = 10.0
 
-_ROLE: Final = {common_pb2.ROLE_PREFILL: "prefill", common_pb2.ROLE_DECODE: "decode"}
+_ROLE: Final = {
+    common_pb2.ROLE_PREFILL: "prefill",
+    common_pb2.ROLE_DECODE: "decode",
+    common_pb2.ROLE_UNIFIED: "unified",
+}
 _Reply = TypeVar("_Reply")
 
 
@@ -78,6 +83,38 @@ class AdminClient:
         reply = await self._ask(self._stub.ResumeWorker(request, timeout=ANSWER_DEADLINE_S))
         return _worker(reply.worker)
 
+    async def steps(self, worker_id: str, last: int = 20) -> StepHistory:
+        """The newest steps of a worker's engine, the oldest of them first.
+
+        A worker keeps some thousands. UnknownWorker as for `drain`; WorkerLost when the worker does
+        not answer.
+        """
+        request = admin_pb2.ListStepsRequest(worker_id=worker_id, last=_count("last", last))
+        reply = await self._ask(self._stub.ListSteps(request, timeout=ANSWER_DEADLINE_S))
+        return StepHistory(
+            worker=_life(reply.worker),
+            steps=tuple(_step(wire) for wire in reply.history.steps),
+            summary=_summary(reply.history.summary),
+        )
+
+    async def start_profile(self, worker_id: str, steps: int = 20) -> Profile:
+        """Profile the next steps of a worker's engine; the trace is written when they are done.
+
+        AlreadyExists while another profile runs. UnknownWorker and WorkerLost as for `steps`.
+        """
+        request = admin_pb2.StartProfileRequest(worker_id=worker_id, steps=_count("steps", steps))
+        reply = await self._ask(self._stub.StartProfile(request, timeout=ANSWER_DEADLINE_S))
+        return Profile(worker=_life(reply.worker), path=reply.path, is_written=False)
+
+    async def stop_profile(self, worker_id: str) -> Profile:
+        """End the profile that runs; InvalidRequest when none does, which names the last one.
+
+        UnknownWorker and WorkerLost as for `steps`.
+        """
+        request = admin_pb2.StopProfileRequest(worker_id=worker_id)
+        reply = await self._ask(self._stub.StopProfile(request, timeout=ANSWER_DEADLINE_S))
+        return Profile(worker=_life(reply.worker), path=reply.path, is_written=reply.is_written)
+
     async def _ask(self, call: Awaitable[_Reply]) -> _Reply:
         try:
             return await call
@@ -131,6 +168,43 @@ def _lease(wire: worker_pb2.LeaseRow) -> Lease:
         request_id=wire.request_id,
         router=wire.router,
         why=wire.why,
+    )
+
+
+def _life(wire: common_pb2.WorkerIdentity) -> str:
+    return f"{wire.worker_id}@{wire.epoch}"
+
+
+def _count(name: str, value: int) -> int:
+    if not 0 < value < 2**32:
+        raise InvalidRequest(f"{name} is a number from 1 on, not {value}", field=name)
+    return value
+
+
+def _step(wire: diagnostics_pb2.Step) -> Step:
+    return Step(
+        number=wire.number,
+        age_s=wire.age_s,
+        took_s=wire.took_s,
+        rows=wire.rows,
+        tokens=wire.tokens,
+        prompt_tokens=wire.prompt_tokens,
+        replayed=wire.replayed if wire.HasField("replayed") else None,
+    )
+
+
+def _summary(wire: diagnostics_pb2.StepSummary) -> StepSummary:
+    return StepSummary(
+        steps=wire.steps,
+        p50_s=wire.p50_s,
+        p90_s=wire.p90_s,
+        p99_s=wire.p99_s,
+        max_s=wire.max_s,
+        window_s=wire.window_s,
+        busy_s=wire.busy_s,
+        tokens=wire.tokens,
+        prompt_tokens=wire.prompt_tokens,
+        tokens_per_s=wire.tokens / wire.window_s if wire.window_s > 0 else 0.0,
     )
 
 

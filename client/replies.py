@@ -137,3 +137,57 @@ class Lease:
     def id(self) -> str:
         """What `baton admin leases reap` takes, whole or its beginning."""
         return f"{self.transfer_id}/{self.attempt}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One step of an engine; `number` counts from its start.
+
+    `took_s` is from its launch, or from the end of the step before it if that came later.
+    `replayed`: a CUDA graph, rather than kernel by kernel; None on a host.
+    """
+
+    number: int
+    # Since its launch.
+    age_s: float
+    took_s: float
+    rows: int
+    tokens: int
+    # Of the tokens, those that are of prompts.
+    prompt_tokens: int
+    replayed: bool | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSummary:
+    """Of steps in a row: `window_s` from the beginning of the first to the end of the last, of
+    which `busy_s` were steps."""
+
+    steps: int
+    p50_s: float
+    p90_s: float
+    p99_s: float
+    max_s: float
+    window_s: float
+    busy_s: float
+    tokens: int
+    prompt_tokens: int
+    tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepHistory:
+    """What the engine of one life of a worker did last, the oldest step first."""
+
+    worker: str
+    summary: StepSummary
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """`path` is on the worker's host; there is no file before it is whole."""
+
+    worker: str
+    path: str
+    is_written: bool

@@ -85,7 +85,7 @@ def _bytes(value: object) -> object:
 
 
 class WorkerConfig(ClusterConfig):
-    """`baton serve prefill|decode`."""
+    """`baton serve prefill|decode|unified`."""
 
     model: str = Field(description="Hugging Face folder, or ORG/NAME from the hub")
     revision: str | None = Field(None, description="revision of ORG/NAME on the hub")
@@ -124,6 +124,11 @@ class WorkerConfig(ClusterConfig):
         False, description="digest every KV block, to find flipped bits as well as reused slots"
     )
     transport: str = Field("nixl", description="how KV crosses: nixl")
+    profile_dir: str | None = Field(
+        None,
+        description="folder for the traces of `baton admin profile`; default: a fresh one where "
+        "temporary files go",
+    )
     check_invariants: bool = Field(
         False, description="check the conservation of KV slots after every step (slow)"
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from baton.common.block_hash import root_hash
+from baton.common.clock import Clock, SystemClock
 from baton.common.fingerprint import fingerprint
 from baton.common.ids import Slot
 from baton.common.progress import Progress, no_progress
@@ -27,6 +28,7 @@ from baton.engine.kv_cache import KvCache
 from baton.engine.model_config import load_model_config
 from baton.engine.prefix_cache import PrefixCache, PrefixListener
 from baton.engine.sequence import Chunk, Sequence
+from baton.engine.step_recorder import Launch, StepRecorder
 
 # For those who block on a step: far above the longest legal one, so that a hang has an end.
 STEP_DEADLINE_S: Final = 600.0
@@ -46,11 +48,14 @@ class _Row:
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """A launched step: its chunks, the slots that each may write, its tokens to come."""
+    """A launched step: its chunks, the slots that each may write, its tokens to come, and what the
+    recorder is to know."""
 
     rows: tuple[_Row, ...]
     written: tuple[tuple[Slot, ...], ...]
     ticket: Ticket[list[int]]
+    launch: Launch
+    replayed: bool | None
 
 
 class Engine:
@@ -58,8 +63,9 @@ class Engine:
     oracle model; sampling is seeded.
 
     `device` runs the steps of a host and is closed with the engine: by default in place, for an
-    oracle model late on a thread of its own. `progress` hears of what takes long. Raises ModelError
-    when the model folder cannot be used, ConfigError when the arena cannot be made.
+    oracle model late on a thread of its own. `progress` hears of what takes long, `clock` times the
+    steps. Raises ModelError when the model folder cannot be used, ConfigError when the arena cannot
+    be made.
     """
 
     def __init__(
@@ -69,6 +75,7 @@ class Engine:
         prefix_listener: PrefixListener | None = None,
         device: Device | None = None,
         progress: Progress = no_progress,
+        clock: Clock | None = None,
     ) -> None:
         self.model_config = load_model_config(
             config.model, dtype=config.dtype, max_model_len=config.max_model_len
@@ -90,6 +97,7 @@ class Engine:
         self.prefix = PrefixCache(self.pool, prefix_listener)
         self.digests = DigestTable(self.arena, self.generations) if config.kv_digest else None
         self.kv = KvCache(self.pool, self.prefix, config.block_size, self.digests)
+        self.recorder = StepRecorder(clock or SystemClock())
         self._flights: deque[_Flight] = deque()
         self._check_invariants = config.check_invariants
 
@@ -165,6 +173,7 @@ class Engine:
             _Row(chunk.sequence, chunk.num_tokens, chunk.is_last, chunk.sequence.num_releases)
             for chunk in chunks
         )
+        launch = self.recorder.launched(chunks)
         ticket = self._stepper.launch(chunks)
         for slots in written:
             self.kv.pin(slots)
@@ -174,7 +183,7 @@ class Engine:
         for row in rows:
             row.sequence.launch(row.num_tokens, num_sampled if row.is_last else None)
             num_sampled += row.is_last
-        self._flights.append(_Flight(rows, written, ticket))
+        self._flights.append(_Flight(rows, written, ticket, launch, self._stepper.replayed))
 
     def collect(self) -> list[tuple[Sequence, int | None]] | None:
         """The outcome of the oldest launched step: None while it runs, [] when there is none.
@@ -190,6 +199,7 @@ class Engine:
         if not self._flights[0].ticket.poll():
             return None
         flight = self._land()
+        self.recorder.ended(flight.launch, flight.replayed)
         sampled = iter(flight.ticket.result())
         outcome: list[tuple[Sequence, int | None]] = []
         for row in flight.rows:

@@ -8,7 +8,7 @@ device keeps by itself.
 """
 
 from collections.abc import Sequence as Ordered
-from typing import Protocol
+from typing import Final, Protocol
 
 from baton.engine.device import Device, Ticket
 from baton.engine.runner import Runner
@@ -18,6 +18,11 @@ from baton.engine.sequence import Chunk
 
 class Stepper(Protocol):
     """Runs steps over one arena. Engine thread only."""
+
+    @property
+    def replayed(self) -> bool | None:
+        """Whether the step launched last replays a CUDA graph; None where there are none."""
+        ...
 
     def launch(self, chunks: Ordered[Chunk]) -> Ticket[list[int]]:
         """Queue the step that forwards `chunks`, at least one, each of another sequence.
@@ -34,6 +39,8 @@ class Stepper(Protocol):
 
 class HostStepper:
     """A runner of the host and the sampler, as one work per step of a device."""
+
+    replayed: Final = None
 
     def __init__(self, runner: Runner, sampler: Sampler, device: Device) -> None:
         self._runner = runner

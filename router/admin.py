@@ -10,6 +10,7 @@ from baton.common.control_codec import lease_row_to_pb, load_to_pb
 from baton.common.errors import BatonError, UnknownWorker
 from baton.common.ids import RequestKey, RouterId, WorkerIdentity
 from baton.common.messages import LeaseRow, Reap, SetDraining
+from baton.router.diagnostics import begin_profile, end_profile, read_steps
 from baton.router.dispatch import Dispatch
 from baton.router.fleet import AttachedWorker, Fleet, WorkerState
 from baton.router.grpc_errors import abort_with
@@ -20,7 +21,8 @@ from baton.v1 import admin_pb2_grpc
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     """Answers from the router's own state; what it asks of a worker goes over its stream.
 
-    What a worker then did shows in its next load reports.
+    What a worker then did shows in its next load reports. Questions about an engine are passed on
+    and answered by the worker.
     """
 
     def __init__(self, fleet: Fleet, dispatch: Dispatch, router_id: RouterId) -> None:
@@ -87,8 +89,56 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         except UnknownWorker as error:
             await abort_with(context, error)
 
+    async def ListSteps(
+        self,
+        request: pb.ListStepsRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> pb.ListStepsResponse:
+        try:
+            worker = self._newest(request.worker_id)
+            history = await read_steps(worker, request.last)
+        except BatonError as error:
+            await abort_with(context, error)
+        return pb.ListStepsResponse(worker=identity_to_pb(worker.identity), history=history)
+
+    async def StartProfile(
+        self,
+        request: pb.StartProfileRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> pb.StartProfileResponse:
+        try:
+            worker = self._newest(request.worker_id)
+            path = await begin_profile(worker, request.steps)
+        except BatonError as error:
+            await abort_with(context, error)
+        return pb.StartProfileResponse(worker=identity_to_pb(worker.identity), path=path)
+
+    async def StopProfile(
+        self,
+        request: pb.StopProfileRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> pb.StopProfileResponse:
+        try:
+            worker = self._newest(request.worker_id)
+            path, is_written = await end_profile(worker)
+        except BatonError as error:
+            await abort_with(context, error)
+        return pb.StopProfileResponse(
+            worker=identity_to_pb(worker.identity), path=path, is_written=is_written
+        )
+
     def _set_draining(self, worker_id: str, draining: bool) -> pb.Worker:
         """Tell every life of that id that is not gone; the newest as it is known now."""
+        lives = self._lives(worker_id)
+        for worker in lives:
+            self._fleet.send(worker.identity, SetDraining(draining))
+        return self._worker(lives[-1])
+
+    def _newest(self, worker_id: str) -> AttachedWorker:
+        return self._lives(worker_id)[-1]
+
+    def _lives(self, worker_id: str) -> list[AttachedWorker]:
+        """The lives of that id that are not gone, one at least, the newest last."""
         alive = [one for one in self._fleet.workers() if one.state is not WorkerState.GONE]
         lives = [worker for worker in alive if worker.identity.worker_id == worker_id]
         if not lives:
@@ -96,9 +146,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             raise UnknownWorker(
                 f"this router knows no worker {worker_id!r}; it knows {known or 'none at all'}"
             )
-        for worker in lives:
-            self._fleet.send(worker.identity, SetDraining(draining))
-        return self._worker(max(lives, key=lambda worker: worker.identity.epoch))
+        return sorted(lives, key=lambda worker: worker.identity.epoch)
 
     def _leases(self) -> Iterator[tuple[WorkerIdentity, LeaseRow]]:
         """All leases with the worker that holds them."""

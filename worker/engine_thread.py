@@ -8,9 +8,13 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TypeVar
 
 from baton.common.clock import Clock
+from baton.common.errors import DeadlineExceeded
+from baton.engine.profiler import StepProfiler
 from baton.worker.core import Effects, Event, WorkerCore
 
 log = logging.getLogger(__name__)
@@ -18,6 +22,8 @@ log = logging.getLogger(__name__)
 # Each frame costs the event loop a few hundred µs, during which it and the engine thread fight for
 # the interpreter. Steps faster than this share a frame; first tokens and ends never wait.
 FRAME_INTERVAL_S = 0.010
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,7 @@ class EngineThread:
         clock: Clock,
         frame_interval_s: float = FRAME_INTERVAL_S,
         check_invariants: bool = False,
+        profiler: StepProfiler | None = None,
     ) -> None:
         self._core = core
         self._deliver = deliver
@@ -50,7 +57,8 @@ class EngineThread:
         self._frame_interval_s = frame_interval_s
         self._next_frame = 0.0
         self._check_invariants = check_invariants
-        self._inbox: queue.SimpleQueue[_Posted | None] = queue.SimpleQueue()
+        self._profiler = profiler
+        self._inbox: queue.SimpleQueue[_Posted | Callable[[], None] | None] = queue.SimpleQueue()
         self._stopping = False
         # When the loop last came round; None while it waits for events, having nothing to do.
         self._came_round: float | None = None
@@ -68,6 +76,33 @@ class EngineThread:
         that it left behind before was delivered, and before anything that it leaves behind later.
         """
         self._inbox.put(_Posted(event, handled))
+
+    async def call(self, work: Callable[[], T], timeout_s: float) -> T:
+        """What `work` returns or raises on the engine thread, between two rounds.
+
+        DeadlineExceeded when the thread has not come to an end with it; `work` is then withdrawn,
+        unless it has begun.
+        """
+        outcome: Future[T] = Future()
+
+        def run() -> None:
+            if not outcome.set_running_or_notify_cancel():
+                return
+            try:
+                outcome.set_result(work())
+            # Whoever asked meets it, and not the engine.
+            except Exception as error:
+                outcome.set_exception(error)
+
+        self._inbox.put(run)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.wrap_future(outcome)
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                f"the engine did not come round within {timeout_s:g} s; "
+                "`baton admin steps` shows what it did, try again when it goes on"
+            ) from error
 
     @property
     def stalled_s(self) -> float:
@@ -99,7 +134,11 @@ class EngineThread:
                 self._iterate()
         finally:
             # After a failure too: open reads must not outlive the arena that they write to.
-            self._core.close()
+            try:
+                if self._profiler is not None:
+                    self._profiler.close()
+            finally:
+                self._core.close()
 
     def _iterate(self) -> None:
         self._drain_inbox(self._core.wait_s())
@@ -111,6 +150,8 @@ class EngineThread:
         if is_idle or self._core.has_urgent_effects or now >= self._next_frame:
             self._next_frame = now + self._frame_interval_s
             self._hand_out()
+        if self._profiler is not None:
+            self._profiler.look()
         self._note_progress()
 
     def _hand_out(self) -> None:
@@ -122,13 +163,15 @@ class EngineThread:
         try:
             posted = self._wait(wait_s) if wait_s > 0 else self._inbox.get_nowait()
             while True:
-                if posted is not None:
+                if isinstance(posted, _Posted):
                     self._handle(posted)
+                elif posted is not None:
+                    posted()
                 posted = self._inbox.get_nowait()
         except queue.Empty:
             return
 
-    def _wait(self, wait_s: float) -> _Posted | None:
+    def _wait(self, wait_s: float) -> _Posted | Callable[[], None] | None:
         if self._step is not None:
             return self._inbox.get(timeout=wait_s)
         self._came_round = None

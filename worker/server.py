@@ -1,7 +1,7 @@
 """A worker as a whole: engine, engine thread, control and link services, presence in Redis.
 
-The same object is the process of `baton serve prefill|decode` and, with the memory transport, one
-of several servers inside one process.
+The same object is the process of `baton serve prefill|decode|unified` and, with the memory
+transport, one of several servers inside one process.
 """
 
 import asyncio
@@ -27,6 +27,7 @@ from baton.common.sampling import Role
 from baton.common.timing import DEFAULT_TIMING, Timing
 from baton.engine.engine import Engine
 from baton.engine.engine_config import EngineConfig
+from baton.engine.profiler import StepProfiler
 from baton.kvtransfer.handshake import LocalSide
 from baton.kvtransfer.link_client import LinkClient
 from baton.kvtransfer.link_server import LinkServer
@@ -38,10 +39,11 @@ from baton.metadata.registry import (
     WorkerRecord,
     connect,
 )
-from baton.v1 import kv_pb2_grpc, worker_pb2_grpc
+from baton.v1 import diagnostics_pb2_grpc, kv_pb2_grpc, worker_pb2_grpc
 from baton.worker.admission import Limits
 from baton.worker.control import ControlServicer
 from baton.worker.core import Drain, Effects, LoopCameRound, WorkerCore
+from baton.worker.diagnostics import DiagnosticsServicer, TraceWriter
 from baton.worker.engine_thread import EngineThread
 from baton.worker.registration import Heartbeat, first_identity, settle_epoch
 
@@ -114,12 +116,17 @@ class WorkerServer:
         self._transport = self._open_transport(self._config.transport, self.identity)
         arena = await asyncio.to_thread(self._register_arena)
         self.core = self._build_core(self._rank())
+        self._traces = TraceWriter()
+        self._profiler = StepProfiler(
+            self.engine.recorder, self._traces.write, on_gpu=self.engine.arena.device is not None
+        )
         self._thread = EngineThread(
             self.core,
             deliver=self._deliver,
             failed=self._engine_failed,
             clock=self._clock,
             check_invariants=self._config.check_invariants,
+            profiler=self._profiler,
         )
         self._serve(host, port, arena)
         await self._grpc.start()
@@ -173,6 +180,7 @@ class WorkerServer:
         await self._links.close()
         await self._grpc.stop(STOP_GRACE_S)
         await self._thread.stop()
+        self._traces.close()
         self._transport.close()
         await self._redis.aclose()
 
@@ -205,6 +213,7 @@ class WorkerServer:
             ),
             self._randomness,
             progress=self._progress,
+            clock=self._clock,
         )
 
     def _register_arena(self) -> ArenaDescriptor:
@@ -254,6 +263,19 @@ class WorkerServer:
         self._grpc.add("baton.v1.WorkerService")
         kv_pb2_grpc.add_KvServiceServicer_to_server(self._link_server, self._grpc.server)
         self._grpc.add("baton.v1.KvService")
+        diagnostics = DiagnosticsServicer(
+            self.identity,
+            self.engine.recorder,
+            self._profiler,
+            self._traces,
+            self._thread.call,
+            clock=self._clock,
+            folder=self._config.profile_dir,
+        )
+        diagnostics_pb2_grpc.add_DiagnosticsServiceServicer_to_server(
+            diagnostics, self._grpc.server
+        )
+        self._grpc.add("baton.v1.DiagnosticsService")
 
     # --- what the services say of this worker ---
 

@@ -63,6 +63,7 @@ class CudaRunner:
         self._max_rows = max_rows
         self.tokens_forwarded = 0
         self.steps = 0
+        self.replayed: bool | None = None
 
     def launch(self, chunks: Ordered[Chunk]) -> Ticket[list[int]]:
         with torch.cuda.stream(self.stream), torch.inference_mode():
@@ -76,6 +77,7 @@ class CudaRunner:
         assert len(draws) <= self._max_rows, "more rows than the engine was built for"
         listed = self._planner.list_decode([c.end for c in chunks if c.num_tokens == 1])
         graph = self._graph_for(chunks, listed)
+        self.replayed = graph is not None
         logits: torch.Tensor | None
         if self._graphs is not None and graph is not None:
             lists = self._graphs.lists(graph, listed)

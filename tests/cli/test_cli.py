@@ -55,11 +55,12 @@ def test_help_loads_nothing_heavy() -> None:
 
 def test_each_verb_explains_itself() -> None:
     for verb, flags in {
-        ("up",): ("--prefill", "--decode", "--http-port", "--grpc-port", "--admin-port", "--redis"),
+        ("up",): ("--prefill", "--decode", "--unified", "--http-port", "--admin-port", "--redis"),
         ("up", "--decode", "2"): ("--max-model-len", "--served-model-name", "--kv-memory"),
         ("serve", "router"): ("--config", "--ready-file", "--request-timeout-s"),
         ("serve", "prefill"): ("--max-num-batched-tokens", "--num-blocks", "--dtype"),
         ("serve", "decode"): ("--max-num-seqs", "--block-size", "--transport", "--load-format"),
+        ("serve", "unified"): ("--max-num-batched-tokens", "--max-num-seqs", "--num-blocks"),
         ("complete",): ("--max-tokens", "--temperature", "--top-p", "--seed", "--stop", "--json"),
         ("chat",): ("--router", "--system"),
         ("admin", "workers", "list"): ("--admin", "--json"),
@@ -115,7 +116,9 @@ def test_nobody_listens_is_exit_code_3() -> None:
         (["serve", "prefill", "--kv-memory", "lots"], "lots"),
         (["serve", "decode"], "model"),
         (["up", "/no/such/model"], "/no/such/model"),
-        (["up", ".", "--prefill", "0"], "--prefill"),
+        (["up", ".", "--prefill", "0"], "--prefill 0 --decode 1 --unified 0"),
+        (["up", ".", "--unified", "-1"], "--unified -1"),
+        (["up", ".", "--unified", "1", "--decode", "0"], "--decode 0"),
         (["model", "inspect", "nowhere"], "nowhere"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
@@ -244,6 +247,18 @@ def test_the_shipped_model_is_served_in_float32_unless_told_otherwise(
     assert (told["dtype"], told["served_model_name"]) == ("bfloat16", "baton-tiny")
     monkeypatch.setenv("BATON_SERVED_MODEL_NAME", "mine")
     assert "served_model_name" not in make_plan(None, flags=ports).worker_flags
+
+
+def test_unified_workers_take_the_place_of_the_pair_unless_it_is_asked_for() -> None:
+    def counts(**asked: int) -> tuple[int, int, int]:
+        plan = make_plan(None, flags={"http_port": 0, "grpc_port": 0, "admin_port": 0}, **asked)
+        return plan.num_prefill, plan.num_decode, plan.num_unified
+
+    assert counts() == (1, 1, 0)
+    assert counts(num_unified=2) == (0, 0, 2)
+    assert counts(num_unified=2, num_prefill=0, num_decode=0) == (0, 0, 2)
+    assert counts(num_unified=1, num_prefill=2) == (2, 1, 1)
+    assert counts(num_unified=1, num_decode=3) == (1, 3, 1)
 
 
 def test_inspect_notices_a_truncated_file(

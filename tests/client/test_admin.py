@@ -11,11 +11,11 @@ from support.ports import free_port
 from baton.client.admin import AdminClient
 from baton.client.failures import RouterUnreachable
 from baton.client.replies import Lease
-from baton.common.errors import UnknownWorker
+from baton.common.errors import InvalidRequest, UnknownWorker
 from baton.common.grpc_server import GrpcServer
 from baton.router.grpc_errors import abort_with
 from baton.v1 import admin_pb2 as pb
-from baton.v1 import admin_pb2_grpc, common_pb2, worker_pb2
+from baton.v1 import admin_pb2_grpc, common_pb2, diagnostics_pb2, worker_pb2
 
 TRANSFER = bytes(range(16))
 ROW = worker_pb2.LeaseRow(
@@ -71,6 +71,19 @@ class Router(admin_pb2_grpc.AdminServiceServicer):
             await abort_with(context, UnknownWorker("known are d0"))
         self.asked.append("drain")
         return pb.DrainWorkerResponse(worker=WORKER)
+
+    async def ListSteps(
+        self, request: pb.ListStepsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.ListStepsResponse:
+        self.asked.append((request.worker_id, request.last))
+        history = diagnostics_pb2.StepHistory(
+            steps=[
+                diagnostics_pb2.Step(number=number, took_s=0.5, replayed=replayed)
+                for number, replayed in ((7, True), (8, False), (9, None))
+            ],
+            summary=diagnostics_pb2.StepSummary(steps=3, window_s=2.0, tokens=10, prompt_tokens=4),
+        )
+        return pb.ListStepsResponse(worker=WORKER.identity, history=history)
 
     async def ResumeWorker(
         self, request: pb.ResumeWorkerRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -139,10 +152,30 @@ async def test_a_worker_is_drained_and_resumed() -> None:
     assert router.asked == ["drain", "resume"]
 
 
+async def test_steps_say_how_they_ran_if_a_gpu_ran_them() -> None:
+    router = Router()
+    async with connected(router) as client:
+        history = await client.steps("d0", 3)
+        assert history.worker == "d0@8"
+        assert [(one.number, one.replayed) for one in history.steps] == [
+            (7, True),
+            (8, False),
+            (9, None),
+        ]
+        assert (history.summary.tokens_per_s, history.summary.prompt_tokens) == (5.0, 4)
+        for wrong in (0, -1, 2**32):
+            with pytest.raises(InvalidRequest, match=f"last is a number from 1 on, not {wrong}"):
+                await client.steps("d0", wrong)
+            with pytest.raises(InvalidRequest, match=f"steps is a number from 1 on, not {wrong}"):
+                await client.start_profile("d0", wrong)
+    assert router.asked == [("d0", 3)]
+
+
 async def test_nobody_at_the_address() -> None:
     async with AdminClient(f"127.0.0.1:{free_port()}") as client:
         for ask in (client.workers, client.leases, client.reap):
             with pytest.raises(RouterUnreachable):
                 await ask()
-        with pytest.raises(RouterUnreachable):
-            await client.drain("d0")
+        for ask_of in (client.drain, client.steps, client.start_profile, client.stop_profile):
+            with pytest.raises(RouterUnreachable):
+                await ask_of("d0")

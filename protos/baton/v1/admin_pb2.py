@@ -23,38 +23,51 @@ _sym_db = _symbol_database.Default()
 
 
 from baton.v1 import common_pb2 as baton_dot_v1_dot_common__pb2
+from baton.v1 import diagnostics_pb2 as baton_dot_v1_dot_diagnostics__pb2
 from baton.v1 import worker_pb2 as baton_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62\x61ton/v1/admin.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\x1a\x15\x62\x61ton/v1/worker.proto\"\x14\n\x12ListWorkersRequest\"8\n\x13ListWorkersResponse\x12!\n\x07workers\x18\x01 \x03(\x0b\x32\x10.baton.v1.Worker\"\x83\x02\n\x06Worker\x12*\n\x08identity\x18\x01 \x01(\x0b\x32\x18.baton.v1.WorkerIdentity\x12\x1c\n\x04role\x18\x02 \x01(\x0e\x32\x0e.baton.v1.Role\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x14\n\x0clink_address\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\r\n\x05model\x18\x07 \x01(\t\x12\"\n\x04load\x18\x08 \x01(\x0b\x32\x14.baton.v1.LoadReport\x12\x10\n\x08requests\x18\t \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\n \x01(\t\x12\x12\n\nblock_size\x18\x0b \x01(\r\"H\n\x11ReapLeasesRequest\x12\"\n\x04keys\x18\x01 \x03(\x0b\x32\x14.baton.v1.RequestKey\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\"8\n\x12ReapLeasesResponse\x12\"\n\x06reaped\x18\x01 \x03(\x0b\x32\x12.baton.v1.LeaseRow\"\'\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"7\n\x13\x44rainWorkerResponse\x12 \n\x06worker\x18\x01 \x01(\x0b\x32\x10.baton.v1.Worker\"(\n\x13ResumeWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"8\n\x14ResumeWorkerResponse\x12 \n\x06worker\x18\x01 \x01(\x0b\x32\x10.baton.v1.Worker\"\x13\n\x11ListLeasesRequest\"8\n\x12ListLeasesResponse\x12\"\n\x06leases\x18\x01 \x03(\x0b\x32\x12.baton.v1.LeaseRow2\x87\x03\n\x0c\x41\x64minService\x12J\n\x0bListWorkers\x12\x1c.baton.v1.ListWorkersRequest\x1a\x1d.baton.v1.ListWorkersResponse\x12G\n\nListLeases\x12\x1b.baton.v1.ListLeasesRequest\x1a\x1c.baton.v1.ListLeasesResponse\x12G\n\nReapLeases\x12\x1b.baton.v1.ReapLeasesRequest\x1a\x1c.baton.v1.ReapLeasesResponse\x12J\n\x0b\x44rainWorker\x12\x1c.baton.v1.DrainWorkerRequest\x1a\x1d.baton.v1.DrainWorkerResponse\x12M\n\x0cResumeWorker\x12\x1d.baton.v1.ResumeWorkerRequest\x1a\x1e.baton.v1.ResumeWorkerResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62\x61ton/v1/admin.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\x1a\x1a\x62\x61ton/v1/diagnostics.proto\x1a\x15\x62\x61ton/v1/worker.proto\"\x14\n\x12ListWorkersRequest\"8\n\x13ListWorkersResponse\x12!\n\x07workers\x18\x01 \x03(\x0b\x32\x10.baton.v1.Worker\"\x83\x02\n\x06Worker\x12*\n\x08identity\x18\x01 \x01(\x0b\x32\x18.baton.v1.WorkerIdentity\x12\x1c\n\x04role\x18\x02 \x01(\x0e\x32\x0e.baton.v1.Role\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x14\n\x0clink_address\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\r\n\x05model\x18\x07 \x01(\t\x12\"\n\x04load\x18\x08 \x01(\x0b\x32\x14.baton.v1.LoadReport\x12\x10\n\x08requests\x18\t \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\n \x01(\t\x12\x12\n\nblock_size\x18\x0b \x01(\r\"H\n\x11ReapLeasesRequest\x12\"\n\x04keys\x18\x01 \x03(\x0b\x32\x14.baton.v1.RequestKey\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\"8\n\x12ReapLeasesResponse\x12\"\n\x06reaped\x18\x01 \x03(\x0b\x32\x12.baton.v1.LeaseRow\"\'\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"7\n\x13\x44rainWorkerResponse\x12 \n\x06worker\x18\x01 \x01(\x0b\x32\x10.baton.v1.Worker\"(\n\x13ResumeWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"8\n\x14ResumeWorkerResponse\x12 \n\x06worker\x18\x01 \x01(\x0b\x32\x10.baton.v1.Worker\"\x13\n\x11ListLeasesRequest\"8\n\x12ListLeasesResponse\x12\"\n\x06leases\x18\x01 \x03(\x0b\x32\x12.baton.v1.LeaseRow\"3\n\x10ListStepsRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04last\x18\x02 \x01(\r\"e\n\x11ListStepsResponse\x12(\n\x06worker\x18\x01 \x01(\x0b\x32\x18.baton.v1.WorkerIdentity\x12&\n\x07history\x18\x02 \x01(\x0b\x32\x15.baton.v1.StepHistory\"7\n\x13StartProfileRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05steps\x18\x02 \x01(\r\"N\n\x14StartProfileResponse\x12(\n\x06worker\x18\x01 \x01(\x0b\x32\x18.baton.v1.WorkerIdentity\x12\x0c\n\x04path\x18\x02 \x01(\t\"\'\n\x12StopProfileRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"a\n\x13StopProfileResponse\x12(\n\x06worker\x18\x01 \x01(\x0b\x32\x18.baton.v1.WorkerIdentity\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x12\n\nis_written\x18\x03 \x01(\x08\x32\xe8\x04\n\x0c\x41\x64minService\x12J\n\x0bListWorkers\x12\x1c.baton.v1.ListWorkersRequest\x1a\x1d.baton.v1.ListWorkersResponse\x12G\n\nListLeases\x12\x1b.baton.v1.ListLeasesRequest\x1a\x1c.baton.v1.ListLeasesResponse\x12G\n\nReapLeases\x12\x1b.baton.v1.ReapLeasesRequest\x1a\x1c.baton.v1.ReapLeasesResponse\x12J\n\x0b\x44rainWorker\x12\x1c.baton.v1.DrainWorkerRequest\x1a\x1d.baton.v1.DrainWorkerResponse\x12M\n\x0cResumeWorker\x12\x1d.baton.v1.ResumeWorkerRequest\x1a\x1e.baton.v1.ResumeWorkerResponse\x12\x44\n\tListSteps\x12\x1a.baton.v1.ListStepsRequest\x1a\x1b.baton.v1.ListStepsResponse\x12M\n\x0cStartProfile\x12\x1d.baton.v1.StartProfileRequest\x1a\x1e.baton.v1.StartProfileResponse\x12J\n\x0bStopProfile\x12\x1c.baton.v1.StopProfileRequest\x1a\x1d.baton.v1.StopProfileResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LISTWORKERSREQUEST']._serialized_start=80
-  _globals['_LISTWORKERSREQUEST']._serialized_end=100
-  _globals['_LISTWORKERSRESPONSE']._serialized_start=102
-  _globals['_LISTWORKERSRESPONSE']._serialized_end=158
-  _globals['_WORKER']._serialized_start=161
-  _globals['_WORKER']._serialized_end=420
-  _globals['_REAPLEASESREQUEST']._serialized_start=422
-  _globals['_REAPLEASESREQUEST']._serialized_end=494
-  _globals['_REAPLEASESRESPONSE']._serialized_start=496
-  _globals['_REAPLEASESRESPONSE']._serialized_end=552
-  _globals['_DRAINWORKERREQUEST']._serialized_start=554
-  _globals['_DRAINWORKERREQUEST']._serialized_end=593
-  _globals['_DRAINWORKERRESPONSE']._serialized_start=595
-  _globals['_DRAINWORKERRESPONSE']._serialized_end=650
-  _globals['_RESUMEWORKERREQUEST']._serialized_start=652
-  _globals['_RESUMEWORKERREQUEST']._serialized_end=692
-  _globals['_RESUMEWORKERRESPONSE']._serialized_start=694
-  _globals['_RESUMEWORKERRESPONSE']._serialized_end=750
-  _globals['_LISTLEASESREQUEST']._serialized_start=752
-  _globals['_LISTLEASESREQUEST']._serialized_end=771
-  _globals['_LISTLEASESRESPONSE']._serialized_start=773
-  _globals['_LISTLEASESRESPONSE']._serialized_end=829
-  _globals['_ADMINSERVICE']._serialized_start=832
-  _globals['_ADMINSERVICE']._serialized_end=1223
+  _globals['_LISTWORKERSREQUEST']._serialized_start=108
+  _globals['_LISTWORKERSREQUEST']._serialized_end=128
+  _globals['_LISTWORKERSRESPONSE']._serialized_start=130
+  _globals['_LISTWORKERSRESPONSE']._serialized_end=186
+  _globals['_WORKER']._serialized_start=189
+  _globals['_WORKER']._serialized_end=448
+  _globals['_REAPLEASESREQUEST']._serialized_start=450
+  _globals['_REAPLEASESREQUEST']._serialized_end=522
+  _globals['_REAPLEASESRESPONSE']._serialized_start=524
+  _globals['_REAPLEASESRESPONSE']._serialized_end=580
+  _globals['_DRAINWORKERREQUEST']._serialized_start=582
+  _globals['_DRAINWORKERREQUEST']._serialized_end=621
+  _globals['_DRAINWORKERRESPONSE']._serialized_start=623
+  _globals['_DRAINWORKERRESPONSE']._serialized_end=678
+  _globals['_RESUMEWORKERREQUEST']._serialized_start=680
+  _globals['_RESUMEWORKERREQUEST']._serialized_end=720
+  _globals['_RESUMEWORKERRESPONSE']._serialized_start=722
+  _globals['_RESUMEWORKERRESPONSE']._serialized_end=778
+  _globals['_LISTLEASESREQUEST']._serialized_start=780
+  _globals['_LISTLEASESREQUEST']._serialized_end=799
+  _globals['_LISTLEASESRESPONSE']._serialized_start=801
+  _globals['_LISTLEASESRESPONSE']._serialized_end=857
+  _globals['_LISTSTEPSREQUEST']._serialized_start=859
+  _globals['_LISTSTEPSREQUEST']._serialized_end=910
+  _globals['_LISTSTEPSRESPONSE']._serialized_start=912
+  _globals['_LISTSTEPSRESPONSE']._serialized_end=1013
+  _globals['_STARTPROFILEREQUEST']._serialized_start=1015
+  _globals['_STARTPROFILEREQUEST']._serialized_end=1070
+  _globals['_STARTPROFILERESPONSE']._serialized_start=1072
+  _globals['_STARTPROFILERESPONSE']._serialized_end=1150
+  _globals['_STOPPROFILEREQUEST']._serialized_start=1152
+  _globals['_STOPPROFILEREQUEST']._serialized_end=1191
+  _globals['_STOPPROFILERESPONSE']._serialized_start=1193
+  _globals['_STOPPROFILERESPONSE']._serialized_end=1290
+  _globals['_ADMINSERVICE']._serialized_start=1293
+  _globals['_ADMINSERVICE']._serialized_end=1909
 # @@protoc_insertion_point(module_scope)

@@ -1,4 +1,5 @@
 from baton.v1 import common_pb2 as _common_pb2
+from baton.v1 import diagnostics_pb2 as _diagnostics_pb2
 from baton.v1 import worker_pb2 as _worker_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -91,3 +92,51 @@ class ListLeasesResponse(_message.Message):
     LEASES_FIELD_NUMBER: _ClassVar[int]
     leases: _containers.RepeatedCompositeFieldContainer[_worker_pb2.LeaseRow]
     def __init__(self, leases: _Optional[_Iterable[_Union[_worker_pb2.LeaseRow, _Mapping]]] = ...) -> None: ...
+
+class ListStepsRequest(_message.Message):
+    __slots__ = ("worker_id", "last")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    last: int
+    def __init__(self, worker_id: _Optional[str] = ..., last: _Optional[int] = ...) -> None: ...
+
+class ListStepsResponse(_message.Message):
+    __slots__ = ("worker", "history")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
+    worker: _common_pb2.WorkerIdentity
+    history: _diagnostics_pb2.StepHistory
+    def __init__(self, worker: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ..., history: _Optional[_Union[_diagnostics_pb2.StepHistory, _Mapping]] = ...) -> None: ...
+
+class StartProfileRequest(_message.Message):
+    __slots__ = ("worker_id", "steps")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    steps: int
+    def __init__(self, worker_id: _Optional[str] = ..., steps: _Optional[int] = ...) -> None: ...
+
+class StartProfileResponse(_message.Message):
+    __slots__ = ("worker", "path")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    worker: _common_pb2.WorkerIdentity
+    path: str
+    def __init__(self, worker: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ..., path: _Optional[str] = ...) -> None: ...
+
+class StopProfileRequest(_message.Message):
+    __slots__ = ("worker_id",)
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    def __init__(self, worker_id: _Optional[str] = ...) -> None: ...
+
+class StopProfileResponse(_message.Message):
+    __slots__ = ("worker", "path", "is_written")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    IS_WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    worker: _common_pb2.WorkerIdentity
+    path: str
+    is_written: bool
+    def __init__(self, worker: _Optional[_Union[_common_pb2.WorkerIdentity, _Mapping]] = ..., path: _Optional[str] = ..., is_written: _Optional[bool] = ...) -> None: ...

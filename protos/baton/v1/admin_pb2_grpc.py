@@ -59,6 +59,21 @@ class AdminServiceStub:
                 request_serializer=baton_dot_v1_dot_admin__pb2.ResumeWorkerRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_admin__pb2.ResumeWorkerResponse.FromString,
                 _registered_method=True)
+        self.ListSteps = channel.unary_unary(
+                '/baton.v1.AdminService/ListSteps',
+                request_serializer=baton_dot_v1_dot_admin__pb2.ListStepsRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_admin__pb2.ListStepsResponse.FromString,
+                _registered_method=True)
+        self.StartProfile = channel.unary_unary(
+                '/baton.v1.AdminService/StartProfile',
+                request_serializer=baton_dot_v1_dot_admin__pb2.StartProfileRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_admin__pb2.StartProfileResponse.FromString,
+                _registered_method=True)
+        self.StopProfile = channel.unary_unary(
+                '/baton.v1.AdminService/StopProfile',
+                request_serializer=baton_dot_v1_dot_admin__pb2.StopProfileRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_admin__pb2.StopProfileResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -99,6 +114,27 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListSteps(self, request, context):
+        """The last steps of a worker's engine.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StartProfile(self, request, context):
+        """Profile the next steps of a worker's engine; one profile at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StopProfile(self, request, context):
+        """End the profile that runs on a worker.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -126,6 +162,21 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ResumeWorker,
                     request_deserializer=baton_dot_v1_dot_admin__pb2.ResumeWorkerRequest.FromString,
                     response_serializer=baton_dot_v1_dot_admin__pb2.ResumeWorkerResponse.SerializeToString,
+            ),
+            'ListSteps': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSteps,
+                    request_deserializer=baton_dot_v1_dot_admin__pb2.ListStepsRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_admin__pb2.ListStepsResponse.SerializeToString,
+            ),
+            'StartProfile': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartProfile,
+                    request_deserializer=baton_dot_v1_dot_admin__pb2.StartProfileRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_admin__pb2.StartProfileResponse.SerializeToString,
+            ),
+            'StopProfile': grpc.unary_unary_rpc_method_handler(
+                    servicer.StopProfile,
+                    request_deserializer=baton_dot_v1_dot_admin__pb2.StopProfileRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_admin__pb2.StopProfileResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -263,6 +314,87 @@ class AdminService:
             '/baton.v1.AdminService/ResumeWorker',
             baton_dot_v1_dot_admin__pb2.ResumeWorkerRequest.SerializeToString,
             baton_dot_v1_dot_admin__pb2.ResumeWorkerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSteps(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.AdminService/ListSteps',
+            baton_dot_v1_dot_admin__pb2.ListStepsRequest.SerializeToString,
+            baton_dot_v1_dot_admin__pb2.ListStepsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartProfile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.AdminService/StartProfile',
+            baton_dot_v1_dot_admin__pb2.StartProfileRequest.SerializeToString,
+            baton_dot_v1_dot_admin__pb2.StartProfileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StopProfile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.AdminService/StopProfile',
+            baton_dot_v1_dot_admin__pb2.StopProfileRequest.SerializeToString,
+            baton_dot_v1_dot_admin__pb2.StopProfileResponse.FromString,
             options,
             channel_credentials,
             insecure,
