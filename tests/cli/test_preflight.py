@@ -55,4 +55,7 @@ def test_a_tokenizer_that_cannot_be_read(
 
 
 def test_no_workers_at_all(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--prefill is -1" in refused([str(tiny_llama), "--prefill", "-1"], capsys)
+    for counts in (["--prefill", "-1"], ["--decode", "0"], ["--unified", "-1"]):
+        told = refused([str(tiny_llama), *counts], capsys)
+        assert " ".join(counts) in told
+        assert "is no cluster that serves" in told
