@@ -10,9 +10,9 @@ from cyclopts import Parameter
 
 from baton.cli.bench_kernels import show, watched
 from baton.cli.flags import JsonFlag
-from baton.engine.bench.runner import GROUPS, chosen_groups, run_groups
+from baton.engine.bench.runner import GROUPS, run_groups
 from baton.kernels.bench.figures import missed
-from baton.kernels.bench.runner import start_report
+from baton.kernels.bench.runner import chosen_groups, start_report
 
 
 def bench_engine(
@@ -29,7 +29,7 @@ def bench_engine(
 
     vLLM's column was recorded once, on another H200; all else is of this run.
     """
-    names = chosen_groups(only)
+    names = chosen_groups(only, GROUPS)
     report = start_report(commit=commit)
     if out is not None:
         report.write(out)

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from baton.common.errors import BatonError
-from baton.engine.bench.runner import GROUPS, chosen_groups, run_groups
+from baton.engine.bench.runner import GROUPS, run_groups
 from baton.kernels.bench.figures import missed, plain_table, shown
-from baton.kernels.bench.runner import start_report
+from baton.kernels.bench.runner import chosen_groups, start_report
 
 
 def main(arguments: list[str]) -> int:
@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    names = chosen_groups(options.only)
+    names = chosen_groups(options.only, GROUPS)
     report = start_report(commit=options.commit)
     try:
         for figure in run_groups(report, names, _say):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from baton.engine.bench.geometry import kv_bytes, weight_bytes
-from baton.engine.bench.sequences import decoding_sequence
+from baton.engine.bench.sequences import decoding_sequence, let_go
 from baton.engine.bench.subject import Subject
 from baton.engine.engine import STEP_DEADLINE_S, Engine
 from baton.engine.sequence import Chunk, Sequence
@@ -64,10 +64,7 @@ def step_seconds(subject: Subject, rows: int, context_len: int) -> float:
         run_steps(subject, sequences, WARM_UP_STEPS)
         took = [run_steps(subject, sequences, STEPS) / STEPS for _ in range(WINDOWS)]
     finally:
-        engine.abandon()
-        for sequence in sequences:
-            engine.kv.release(sequence)
-        engine.kv.drop_all_cached()
+        let_go(engine, sequences)
     return statistics.median(took)
 
 

@@ -7,7 +7,7 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from baton.engine.bench.decode import run_steps
-from baton.engine.bench.sequences import decoding_sequence
+from baton.engine.bench.sequences import decoding_sequence, let_go
 from baton.engine.bench.subject import Subject
 from baton.kernels.bench.figures import Figure
 
@@ -27,10 +27,7 @@ def measure(subject: Subject) -> Iterator[Figure]:
             run_steps(subject, sequences, STEPS)
             torch.cuda.synchronize()
     finally:
-        engine.abandon()
-        for sequence in sequences:
-            engine.kv.release(sequence)
-        engine.kv.drop_all_cached()
+        let_go(engine, sequences)
     spans = sorted(
         (event.time_range.start, event.time_range.end)
         for event in profiler.events()

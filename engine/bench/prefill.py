@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from baton.engine.bench.geometry import prefill_operations
-from baton.engine.bench.sequences import new_sequence, reserve
+from baton.engine.bench.sequences import let_go, new_sequence, reserve
 from baton.engine.bench.subject import Subject
 from baton.engine.engine import STEP_DEADLINE_S
 from baton.engine.sequence import Chunk, Sequence
@@ -56,10 +56,7 @@ def prefill_seconds(subject: Subject, prompts: int, length: int) -> float:
             _collect(subject)
         end.synchronize()
     finally:
-        engine.abandon()
-        for sequence in sequences:
-            engine.kv.release(sequence)
-        engine.kv.drop_all_cached()
+        let_go(engine, sequences)
     return float(begin.elapsed_time(end)) / 1e3
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
 from baton.common.clock import SystemClock
-from baton.common.errors import ConfigError
 from baton.kernels.bench.figures import Figure
 from baton.kernels.bench.runner import Report
 
@@ -26,17 +25,6 @@ MAX_NUM_BATCHED_TOKENS: Final = 8192
 MAX_MODEL_LEN: Final = 16384
 MATMUL: Final = 8192
 START_TARGET_S, START_VLLM_S = 30.0, 60.0
-
-
-def chosen_groups(only: str) -> list[str]:
-    """The groups of "decode,prefill", in the order of `GROUPS`; all of them of "". ConfigError."""
-    names = [name.strip() for name in only.split(",") if name.strip()]
-    unknown = [name for name in names if name not in GROUPS]
-    if unknown:
-        raise ConfigError(
-            f"--only: there is no group {', '.join(unknown)}; there are {', '.join(GROUPS)}"
-        )
-    return [name for name in GROUPS if name in names] if names else list(GROUPS)
 
 
 def run_groups(report: Report, names: list[str], say: Callable[[str], None]) -> Iterator[Figure]:

@@ -41,3 +41,11 @@ def decoding_sequence(engine: Engine, context_len: int, num_steps: int) -> Seque
     reserve(engine, sequence, context_len + num_steps)
     sequence.num_computed = context_len - 1
     return sequence
+
+
+def let_go(engine: Engine, sequences: list[Sequence]) -> None:
+    """Leave an engine without steps, without these sequences and with an empty cache."""
+    engine.abandon()
+    for sequence in sequences:
+        engine.kv.release(sequence)
+    engine.kv.drop_all_cached()

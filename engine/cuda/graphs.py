@@ -117,10 +117,6 @@ class DecodeGraphs:
         self._graphs = self._capture_all(sizes, progress)
         self._sizes = sizes
 
-    @property
-    def num_graphs(self) -> int:
-        return len(self._graphs)
-
     def fit(self, num_rows: int, listed: ListedWorks) -> GraphSize | None:
         """The smallest graph with room for a step of decode rows; None when there is none."""
         return smallest_fit(self._sizes, num_rows, listed)

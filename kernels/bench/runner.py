@@ -3,7 +3,7 @@
 import json
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -53,15 +53,15 @@ class Report:
             raise ConfigError(f"--out: {path} cannot be written: {error.strerror}") from error
 
 
-def chosen_groups(only: str) -> list[str]:
-    """The groups of "decode,prefill", in the order of `GROUPS`; all of them of "". ConfigError."""
+def chosen_groups(only: str, groups: Mapping[str, str] = GROUPS) -> list[str]:
+    """The groups of "decode,prefill", in the order of `groups`; all of them of "". ConfigError."""
     names = [name.strip() for name in only.split(",") if name.strip()]
-    unknown = [name for name in names if name not in GROUPS]
+    unknown = [name for name in names if name not in groups]
     if unknown:
         raise ConfigError(
-            f"--only: there is no group {', '.join(unknown)}; there are {', '.join(GROUPS)}"
+            f"--only: there is no group {', '.join(unknown)}; there are {', '.join(groups)}"
         )
-    return [name for name in GROUPS if name in names] if names else list(GROUPS)
+    return [name for name in groups if name in names] if names else list(groups)
 
 
 def start_report(*, budget_s: float = DEFAULT_BUDGET_S, commit: str = "") -> Report:
